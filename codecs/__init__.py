@@ -1,0 +1,1 @@
+"""Codecs behind one contract: see `kvstore.codecs.contract` and `kvstore.codecs.registry`."""

@@ -1,0 +1,1 @@
+"""Copies between engine pages and host memory: see `kvstore.kernels.contract`."""

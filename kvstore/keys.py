@@ -1,0 +1,145 @@
+"""Prefix-hash keys: which tokens a chunk stands for, and the name of its object.
+
+The chain is SHA-256 with length-framed input, so no two inputs share a byte string:
+
+    h0 = H(tag, namespace digest, tenant salt)
+    hi = H(h(i-1), token count, token ids as little-endian u32, extra keys)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from kvstore.errors import MisconfiguredError
+from kvstore.layout import Shard
+from kvstore.namespace import Namespace
+
+FORMAT_FOLDER = "v1"
+_ROOT_TAG = b"kvstore.prefix.v1"
+_OBJECT_NAME = re.compile(
+    r"(?P<namespace>[0-9a-f]{16})/(?P<fan>[0-9a-f]{2})/(?P<hash>[0-9a-f]{64})\.(?P<start>\d+)-(?P<stop>\d+)\Z"
+)
+
+
+class ChunkKey(NamedTuple):
+    """Names one chunk and, through the hash chain, everything before it."""
+
+    namespace_digest: bytes
+    hash: bytes
+    parent: bytes
+    depth: int
+
+    def __str__(self) -> str:
+        return f"{self.namespace_digest.hex()[:16]}/{self.hash.hex()[:12]}"
+
+
+@dataclass(frozen=True)
+class PrefixChain:
+    """The keys of every full chunk of one token sequence, first chunk first.
+
+    Tokens past the last full chunk have no key. Holds no token ids.
+    """
+
+    namespace: Namespace
+    keys: tuple[ChunkKey, ...]
+
+    @classmethod
+    def of(
+        cls,
+        namespace: Namespace,
+        tokens: Sequence[int],
+        *,
+        tenant_salt: str = "",
+        extra_keys: Sequence[Sequence[bytes]] = (),
+    ) -> PrefixChain:
+        """Hash `tokens` into a chain.
+
+        tenant_salt  tenants with different salts never share a key
+        extra_keys   for chunk i, what its KV depends on besides tokens (ids of multimodal
+                     inputs, ...); chunks past the end of the sequence have none
+
+        Raises MisconfiguredError for a token id outside 0 .. 2**32-1.
+        """
+        step = namespace.layout.chunk_tokens
+        count = len(tokens) // step
+        data = _little_endian_u32(tokens[: count * step])
+        parent = _digest((_ROOT_TAG, namespace.digest, tenant_salt.encode()))
+        keys = []
+        for depth in range(count):
+            extra = extra_keys[depth] if depth < len(extra_keys) else ()
+            own = _digest((parent, data[4 * step * depth : 4 * step * (depth + 1)], *extra))
+            keys.append(ChunkKey(namespace.digest, own, parent, depth))
+            parent = own
+        return cls(namespace, tuple(keys))
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def tokens(self) -> int:
+        """How many leading tokens the chain covers."""
+        return len(self.keys) * self.namespace.layout.chunk_tokens
+
+
+def _digest(fields: Iterable[bytes]) -> bytes:
+    digest = hashlib.sha256()
+    for field in fields:
+        digest.update(len(field).to_bytes(8, "little"))
+        digest.update(field)
+    return digest.digest()
+
+
+def _little_endian_u32(tokens: Sequence[int]) -> bytes:
+    try:
+        ids = array("I", tokens)
+    except (OverflowError, TypeError):
+        raise MisconfiguredError("a token id is not a whole number from 0 to 2**32-1") from None
+    if sys.byteorder == "big":
+        ids.byteswap()
+    return ids.tobytes()
+
+
+class ObjectName(NamedTuple):
+    """The parts of an object's name that identify a chunk."""
+
+    namespace_name: str
+    hash: bytes
+    shard: Shard
+
+
+def object_name(prefix: str, key: ChunkKey, shard: Shard) -> str:
+    """`<prefix>/v1/<namespace, 16 hex>/<hash, first 2 hex>/<hash hex>.<shard>`."""
+    digits = key.hash.hex()
+    return f"{namespace_folder(prefix, key.namespace_digest.hex()[:16])}{digits[:2]}/{digits}.{shard}"
+
+
+def namespace_document_name(prefix: str, namespace_name: str) -> str:
+    """Where the namespace says in plain words what it is."""
+    return f"{namespace_folder(prefix, namespace_name)}namespace.json"
+
+
+def namespace_folder(prefix: str, namespace_name: str) -> str:
+    """Prefix of every object of a namespace, ending in a slash."""
+    return f"{format_folder(prefix)}{namespace_name}/"
+
+
+def format_folder(prefix: str) -> str:
+    """Prefix of everything kvstore keeps in a bucket, ending in a slash."""
+    return f"{prefix}/{FORMAT_FOLDER}/" if prefix else f"{FORMAT_FOLDER}/"
+
+
+def parse_object_name(prefix: str, name: str) -> ObjectName | None:
+    """The parts of a chunk object's name, or None for any other object."""
+    folder = format_folder(prefix)
+    match = _OBJECT_NAME.match(name[len(folder) :]) if name.startswith(folder) else None
+    if match is None or match["fan"] != match["hash"][:2] or int(match["start"]) >= int(match["stop"]):
+        return None
+    return ObjectName(
+        match["namespace"], bytes.fromhex(match["hash"]), Shard(int(match["start"]), int(match["stop"]))
+    )

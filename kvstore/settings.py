@@ -1,0 +1,199 @@
+"""Settings: parsed once, from flags, then environment, then a TOML file, then defaults."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import platformdirs
+from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, SecretStr, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from kvstore.errors import MisconfiguredError
+
+ENV_PREFIX = "KVSTORE_"
+CONFIG_VARIABLE = "KVSTORE_CONFIG"
+_log = logging.getLogger("kvstore.settings")
+
+
+def _check_prefix(value: str) -> str:
+    if value != value.strip("/") or "//" in value or any(part in (".", "..") for part in value.split("/")):
+        raise ValueError("has an empty, '.' or '..' folder, or a slash at an end")
+    return value
+
+
+def _check_endpoint(value: str) -> str:
+    if value and not value.startswith(("http://", "https://")):
+        raise ValueError("does not begin with http:// or https://")
+    return value
+
+
+def _check_codec(value: str) -> str:
+    from kvstore.codecs.registry import parse_codec
+
+    try:
+        parse_codec(value)
+    except MisconfiguredError as error:
+        raise ValueError(str(error)) from None
+    return value
+
+
+def _no_bool(value: object) -> object:
+    # A TOML `true` would pass as the number 1.
+    if isinstance(value, bool):
+        raise ValueError("is a truth value, not a number")  # noqa: TRY004 pydantic reads ValueError
+    return value
+
+
+Bytes = Annotated[ByteSize, BeforeValidator(_no_bool), Field(gt=0)]
+Seconds = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, le=86_400, allow_inf_nan=False)]
+Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1, le=4096)]
+
+
+class Settings(BaseSettings):
+    """Every setting of a node. Environment names are `KVSTORE_` and the field's name in capitals.
+
+    The description of a field says what it takes; error messages and `kvstore config` show it.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, env_ignore_empty=True, frozen=True, extra="forbid", validate_default=True
+    )
+
+    bucket: str = Field(
+        default_factory=lambda: Path(platformdirs.user_cache_dir("kvstore"), "store").as_uri(),
+        description="an S3 bucket name, file:///folder, or memory://",
+    )
+    prefix: Annotated[str, AfterValidator(_check_prefix)] = Field(
+        "kvstore", description="a folder inside the bucket, such as team/kv"
+    )
+    endpoint_url: Annotated[str, AfterValidator(_check_endpoint)] = Field(
+        "", description="URL of an S3-compatible server, such as http://127.0.0.1:9000; empty for AWS"
+    )
+    region: str = Field("", description="an AWS region, such as eu-central-1; empty for the AWS default chain")
+    addressing_style: Literal["auto", "path", "virtual"] = Field(
+        "auto", description="auto, path or virtual: where the bucket's name stands in URLs"
+    )
+    memory_bytes: Bytes = Field(
+        ByteSize(1 << 30), description="a size such as 512MiB or 8GiB: host memory that keeps chunks"
+    )
+    codec: Annotated[str, AfterValidator(_check_codec)] = Field(
+        "none", description="none, zstd or zstd:LEVEL: how sections are compressed when saved"
+    )
+    chunk_tokens: Annotated[int, BeforeValidator(_no_bool), Field(ge=1, le=1 << 20)] = Field(
+        256, description="tokens of one stored chunk, a whole number of the engine's pages"
+    )
+    tenant_salt: SecretStr = Field(
+        SecretStr(""), description="a secret text; tenants with different salts never share chunks"
+    )
+    lookup_timeout_s: Seconds = Field(1.0, description="seconds a lookup may take before it answers 'miss'")
+    load_timeout_s: Seconds = Field(10.0, description="seconds a load may take before what is missing is a miss")
+    upload_timeout_s: Seconds = Field(60.0, description="seconds one upload may take, retries included")
+    close_timeout_s: Seconds = Field(10.0, description="seconds close() may spend on uploads still queued")
+    presence_ttl_s: Seconds = Field(60.0, description="seconds a lookup may trust that a chunk seen is still there")
+    fetch_concurrency: Count = Field(16, description="ranged reads in flight at once")
+    upload_concurrency: Count = Field(4, description="uploads in flight at once")
+    upload_queue_bytes: Bytes = Field(
+        ByteSize(1 << 29), description="a size such as 512MiB: saved chunks that may wait for upload"
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Take explicit values only: `resolve_settings` has merged the sources already."""
+        return (init_settings,)
+
+
+@dataclass(frozen=True)
+class ResolvedSettings:
+    """Settings and, by field name, where each value came from, in words for people."""
+
+    settings: Settings
+    origins: Mapping[str, str]
+
+
+def resolve_settings(flags: Mapping[str, Any] | None = None) -> ResolvedSettings:
+    """Merge flags over environment over the KVSTORE_CONFIG file over defaults.
+
+    Raises MisconfiguredError that names the variable, its value and what it takes.
+    """
+    _warn_of_unknown_variables()
+    path = os.environ.get(CONFIG_VARIABLE, "")
+    layers = [
+        ("flag", InitSettingsSource(Settings, dict(flags or {}))()),
+        ("environment", EnvSettingsSource(Settings)()),
+        (f"file {path}", _read_file(path) if path else {}),
+    ]
+    values: dict[str, Any] = {}
+    origins = dict.fromkeys(Settings.model_fields, "default")
+    for origin, layer in layers:
+        for name, value in layer.items():
+            if name not in values:
+                values[name] = value
+                origins[name] = origin
+    try:
+        return ResolvedSettings(Settings(**values), origins)
+    except ValidationError as error:
+        raise MisconfiguredError(_explain(error, origins)) from None
+
+
+def load_settings(**flags: Any) -> Settings:
+    """The settings of this process; `flags` override everything else."""
+    return resolve_settings(flags).settings
+
+
+def variable(field: str) -> str:
+    """The environment variable that sets `field`."""
+    return ENV_PREFIX + field.upper()
+
+
+def _warn_of_unknown_variables() -> None:
+    # A warning, not an error: nodes of one fleet may run different versions under one environment.
+    known = {variable(name) for name in Settings.model_fields} | {CONFIG_VARIABLE}
+    for name in sorted(os.environ):
+        if name.startswith(ENV_PREFIX) and name not in known:
+            _log.warning("%s is set but is no setting of this version; known: see `kvstore config`", name)
+
+
+def _read_file(path: str) -> dict[str, Any]:
+    try:
+        with Path(path).open("rb") as file:
+            return tomllib.load(file)
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise MisconfiguredError(
+            f"{CONFIG_VARIABLE}={path!r} cannot be read: {error}; it takes the path of a TOML file "
+            "with settings such as bucket = \"my-bucket\""
+        ) from None
+
+
+def _explain(error: ValidationError, origins: Mapping[str, str]) -> str:
+    lines = []
+    for problem in error.errors():
+        name = str(problem["loc"][0])
+        field = Settings.model_fields.get(name)
+        if field is None:
+            origin = origins.get(name, "flag")
+            lines.append(f"{name!r} in the {origin} is no setting; known: {', '.join(Settings.model_fields)}")
+            continue
+        secret = field.annotation is SecretStr
+        value = "****" if secret else repr(problem["input"])
+        reason = problem["msg"].removeprefix("Value error, ")
+        lines.append(f"{variable(name)}={value} (from {origins[name]}): {reason}; it takes {field.description}")
+    return "\n".join(lines)
