@@ -1,0 +1,101 @@
+"""Handles of work under way: what `KVStore.load` and `KVStore.save` return."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from kvstore.errors import MissReason
+
+
+@dataclass(frozen=True)
+class LookupResult:
+    """Leading chunks of a chain that are present.
+
+    chunks      how many; the engine may load any leading part of them
+    by_tier     how many of them each tier holds
+    miss        why the lookup stopped where it did, None when the whole chain is present
+    """
+
+    chunks: int
+    by_tier: Mapping[str, int]
+    miss: MissReason | None
+
+
+@dataclass(frozen=True)
+class LoadResult:
+    """How a load ended. `chunks` leading chunks of the span are in pages, every layer.
+
+    failures maps the index (in the chain) of each chunk that is not to the reason.
+    """
+
+    chunks: int
+    failures: Mapping[int, MissReason] = field(default_factory=dict)
+
+
+class LoadHandle:
+    """A load under way. Every method may be called from any thread.
+
+    Pages of chunks that a result does not count may hold anything. Once `wait` or `cancel` has
+    returned, nothing writes to pages any more.
+    """
+
+    def __init__(self, span: range, layers: int, cancel: Callable[[], None]) -> None:
+        self._span = span
+        self._changed = threading.Condition()
+        self._layers_ready = 0
+        self._layers = layers
+        self._leading = len(span)
+        self._failures: dict[int, MissReason] = {}
+        self._done = False
+        self._cancel = cancel
+
+    @property
+    def span(self) -> range:
+        """The chunks asked for, as indices into the chain."""
+        return self._span
+
+    def wait_layer(self, layer: int, timeout_s: float | None = None) -> int:
+        """Wait until `layer` is in pages; returns how many leading chunks of the span have it.
+
+        Fewer than the span holds means that later chunks failed: their tokens must be recomputed.
+        The count never grows from one call to the next. Raises TimeoutError.
+        """
+        if not 0 <= layer < self._layers:
+            raise IndexError(f"layer {layer} of a load with {self._layers} layers")
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._layers_ready > layer or self._done, timeout_s):
+                raise TimeoutError(f"layer {layer} has not arrived within {timeout_s} s")
+            return self._leading
+
+    def wait(self, timeout_s: float | None = None) -> LoadResult:
+        """Wait until every layer of every chunk is in pages or has failed. Raises TimeoutError."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._done, timeout_s):
+                raise TimeoutError(f"the load has not ended within {timeout_s} s")
+            return LoadResult(self._leading, MappingProxyType(dict(self._failures)))
+
+    def cancel(self) -> LoadResult:
+        """Stop the load and wait until nothing writes to pages any more. Safe to repeat."""
+        self._cancel()
+        return self.wait()
+
+    def _set_layers_ready(self, count: int) -> None:
+        """Layers [0, count) are in pages for every chunk that has not failed."""
+        with self._changed:
+            self._layers_ready = count
+            self._changed.notify_all()
+
+    def _fail(self, index: int, reason: MissReason) -> None:
+        """Chunk `index` will not arrive; nor will those behind it be of use."""
+        with self._changed:
+            self._failures.setdefault(index, reason)
+            self._leading = min(self._leading, index - self._span.start)
+
+    def _finish(self) -> None:
+        with self._changed:
+            self._done = True
+            self._changed.notify_all()

@@ -1,0 +1,34 @@
+"""What an engine adapter implements to move its pages: PageSource for saves, PageSink for loads.
+
+Sections are host memory owned by the store: contiguous, format B, `ChunkForm.section_bytes` long,
+laid out as `ChunkForm` says. They are borrowed for the call and must not be kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+
+class PageSource(Protocol):
+    """Where a save takes chunks from. Called in the thread that calls `KVStore.save`."""
+
+    def gather(self, index: int, sections: Sequence[memoryview]) -> None:
+        """Copy chunk `index` of the chain from pages into `sections`, one writable section a layer.
+
+        When it returns, the pages may be reused. What it raises reaches save's caller, and the
+        chunk is not saved.
+        """
+        ...
+
+
+class PageSink(Protocol):
+    """Where a load puts chunks. Called in a thread of the store, one call at a time per load."""
+
+    def scatter(self, layer: int, indices: Sequence[int], sections: Sequence[memoryview]) -> None:
+        """Copy one layer of the chunks at `indices` of the chain from `sections` to pages.
+
+        Sections have been verified. When it returns, the pages hold the bytes and the sections
+        may be reused. What it raises makes those chunks a miss.
+        """
+        ...
