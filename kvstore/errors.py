@@ -31,6 +31,10 @@ class UnsupportedModelError(MisconfiguredError):
     """The model's cache cannot be stored and restored exactly; serving it would risk wrong output."""
 
 
+class StoreClosedError(KVStoreError):
+    """The store was closed; engines that shut down may meet it and go on without the store."""
+
+
 class RetryableError(KVStoreError):
     """The backend could not answer now; the same call may succeed later."""
 
@@ -55,6 +59,7 @@ class MissReason(StrEnum):
     WRONG_KEY = "wrong_key"
     CHANGED = "changed"
     SINK_FAILED = "sink_failed"
+    INTERNAL_ERROR = "internal_error"
 
 
 class MissError(KVStoreError):

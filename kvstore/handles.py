@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
+from enum import StrEnum
 from types import MappingProxyType
 
 from kvstore.errors import MissReason
@@ -99,3 +100,79 @@ class LoadHandle:
         with self._changed:
             self._done = True
             self._changed.notify_all()
+
+    def _abandon(self) -> None:
+        """The load has ended; where it never came to say how, nothing of it is in pages."""
+        with self._changed:
+            if not self._done:
+                self._leading = 0
+                self._failures.update(dict.fromkeys(self._span, MissReason.CANCELLED))
+        self._finish()
+
+
+class SaveOutcome(StrEnum):
+    """What became of one chunk of a save. Values are metric labels: append only."""
+
+    QUEUED = "queued"
+    STORED = "stored"
+    PRESENT = "present"
+    DROPPED_QUEUE_FULL = "dropped_queue_full"
+    DROPPED_NO_MEMORY = "dropped_no_memory"
+    FAILED = "failed"
+
+
+class Durability(StrEnum):
+    """How far a chunk has come when `SaveHandle.wait` returns.
+
+    QUEUED  in the memory tier and waiting for upload; lost if the process ends before
+    REMOTE  stored in the backend
+    """
+
+    QUEUED = "queued"
+    REMOTE = "remote"
+
+
+class SaveHandle:
+    """A save under way: outcome by index in the chain. Every method may be called from any thread."""
+
+    def __init__(self, until: Durability) -> None:
+        self._until = until
+        self._uploads: dict[int, Future[SaveOutcome]] = {}
+        self._settled: dict[int, SaveOutcome] = {}
+
+    def wait(self, timeout_s: float | None = None) -> dict[int, SaveOutcome]:
+        """Wait until every chunk has come as far as asked for, or will not. Raises TimeoutError.
+
+        With QUEUED it returns at once. A chunk that is not STORED or PRESENT after waiting for
+        REMOTE was dropped or failed, and will be recomputed by whoever needs it.
+        """
+        if self._until is Durability.REMOTE:
+            _, late = wait(self._uploads.values(), timeout_s)
+            if late:
+                raise TimeoutError(f"{len(late)} chunks were not stored within {timeout_s} s")
+        return self.outcomes()
+
+    def outcomes(self) -> dict[int, SaveOutcome]:
+        """What is known now, without waiting."""
+        uploads = {index: _outcome(upload) for index, upload in self._uploads.items()}
+        return dict(sorted((self._settled | uploads).items()))
+
+    def _settle(self, index: int, outcome: SaveOutcome) -> None:
+        self._settled[index] = outcome
+
+    def _follow(self, index: int, upload: Future[SaveOutcome]) -> None:
+        self._uploads[index] = upload
+
+
+def _outcome(upload: Future[SaveOutcome]) -> SaveOutcome:
+    if not upload.done():
+        return SaveOutcome.QUEUED
+    return SaveOutcome.FAILED if upload.cancelled() else upload.result()
+
+
+@dataclass(frozen=True)
+class FlushReport:
+    """What a flush left behind: chunks that were saved but are not in the backend yet."""
+
+    chunks_left: int
+    bytes_left: int

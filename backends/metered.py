@@ -1,0 +1,81 @@
+"""A wrapper that counts the requests and bytes that pass through it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Literal
+
+from kvstore.backends.contract import (
+    ABSENT,
+    Absent,
+    Backend,
+    Buffer,
+    Capabilities,
+    ObjectInfo,
+    PutResult,
+    PutStatus,
+    ReadResult,
+)
+from kvstore.metrics import Metrics
+
+
+class MeteredBackend:
+    """Counts every call to `inner` in `metrics`; otherwise behaves exactly like it."""
+
+    def __init__(self, inner: Backend, metrics: Metrics) -> None:
+        self._inner = inner
+        self._metrics = metrics
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """See Backend.capabilities."""
+        return self._inner.capabilities
+
+    @property
+    def location(self) -> str:
+        """See Backend.location."""
+        return self._inner.location
+
+    async def read_into(
+        self, name: str, offset: int, out: memoryview, *, if_match: str | None = None
+    ) -> ReadResult | Literal[Absent.ABSENT]:
+        """See Backend.read_into."""
+        self._count("get")
+        result = await self._inner.read_into(name, offset, out, if_match=if_match)
+        if result is not ABSENT:
+            self._metrics.bytes.labels("get").inc(result.length)
+        return result
+
+    async def put(self, name: str, parts: Sequence[Buffer], *, if_absent: bool) -> PutResult:
+        """See Backend.put."""
+        self._count("put")
+        result = await self._inner.put(name, parts, if_absent=if_absent)
+        if result.status is PutStatus.CREATED:
+            self._metrics.bytes.labels("put").inc(sum(len(part) for part in parts))
+        return result
+
+    async def head(self, name: str) -> ObjectInfo | None:
+        """See Backend.head."""
+        self._count("head")
+        return await self._inner.head(name)
+
+    def list(self, prefix: str, *, start_after: str = "") -> AsyncIterator[ObjectInfo]:
+        """See Backend.list."""
+        self._count("list")
+        return self._inner.list(prefix, start_after=start_after)
+
+    async def delete(self, names: Sequence[str]) -> None:
+        """See Backend.delete."""
+        self._count("delete")
+        await self._inner.delete(names)
+
+    async def clock_s(self) -> float:
+        """See Backend.clock_s."""
+        return await self._inner.clock_s()
+
+    async def close(self) -> None:
+        """See Backend.close."""
+        await self._inner.close()
+
+    def _count(self, operation: str) -> None:
+        self._metrics.requests.labels(operation).inc()

@@ -1,0 +1,1 @@
+"""The `kvstore` command: what an operator looks with. Imports no tensor library."""

@@ -1,0 +1,82 @@
+"""`kvstore doctor`: runs the checks and prints one line for each, with the fix where one is needed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+
+from kvstore.backends.opening import open_backend
+from kvstore.cli.checks import CHECKS
+from kvstore.cli.credentials import without_user
+from kvstore.cli.examination import Examination, Outcome, Site, Status, passed, refused
+from kvstore.cli.exits import ExitCode
+from kvstore.cli.options import Call
+from kvstore.cli.output import Output, printable
+from kvstore.errors import MisconfiguredError
+from kvstore.settings import ResolvedSettings, resolve_settings
+
+CHECK_TIMEOUT_S = 10.0
+_STYLES = {Status.PASS: "green", Status.WARN: "yellow", Status.FAIL: "bold red", Status.SKIP: "dim"}
+_TITLE_CHARACTERS = 26
+
+
+class Report:
+    """Prints outcomes as they come and remembers how the command ends."""
+
+    def __init__(self, output: Output) -> None:
+        self._output = output
+        self._counts: Counter[Status] = Counter()
+        self.exit_code = ExitCode.OK
+
+    def add(self, check: str, title: str, outcome: Outcome) -> None:
+        """Print one line."""
+        self._counts[outcome.status] += 1
+        if outcome.status is Status.FAIL and self.exit_code is ExitCode.OK:
+            self.exit_code = outcome.exit_code
+        row = {"check": check, "status": outcome.status, "detail": outcome.detail, "fix": outcome.fix}
+        self._output.record("check", row | dict(outcome.values))
+        lines = [printable(line) for line in outcome.detail.splitlines()]
+        head = f"{outcome.status.upper():<5} {title:<{_TITLE_CHARACTERS}} "
+        self._output.line(head + ("\n" + " " * len(head)).join(lines), _STYLES[outcome.status])
+        if outcome.fix:
+            self._output.line(" " * len(head) + "fix: " + printable(outcome.fix))
+
+    def close(self) -> ExitCode:
+        """Print the totals; how the command ends."""
+        totals: dict[str, object] = {status.value: self._counts[status] for status in Status}
+        self._output.record("summary", {**totals, "exit_code": int(self.exit_code)})
+        self._output.line("\n" + ", ".join(f"{count} {status}" for status, count in totals.items()))
+        return self.exit_code
+
+
+def examine_store(call: Call, timeout_s: float = CHECK_TIMEOUT_S) -> ExitCode:
+    """Check settings, then the store they name."""
+    report = Report(call.output)
+    try:
+        resolved = resolve_settings(call.flags)
+    except MisconfiguredError as error:
+        report.add("settings", "settings", refused(error))
+        return report.close()
+    report.add("settings", "settings", passed(_summary(resolved)))
+    asyncio.run(_examine(Site(resolved.settings, open_backend), report, call.output, timeout_s))
+    return report.close()
+
+
+async def _examine(site: Site, report: Report, output: Output, timeout_s: float) -> None:
+    examination = Examination(site, timeout_s)
+    try:
+        for check in CHECKS:
+            with output.progress(f"checking: {check.title}"):
+                outcome = await examination.run(check)
+            report.add(check.name, check.title, outcome)
+    finally:
+        remainder = await site.clean_up(timeout_s)
+        if remainder is not None:
+            report.add("clean_up", "clean up", remainder)
+
+
+def _summary(resolved: ResolvedSettings) -> str:
+    origins = Counter(resolved.origins.values())
+    counts = ", ".join(f"{count} by {origin}" for origin, count in sorted(origins.items()))
+    bucket = without_user(resolved.settings.bucket)
+    return f"bucket {bucket}, prefix {resolved.settings.prefix or '(none)'}; {counts}"

@@ -1,0 +1,94 @@
+"""The options every command takes, and the frame every command runs in."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Concatenate, ParamSpec
+
+import typer
+
+from kvstore.cli.exits import ExitCode, exit_code_of
+from kvstore.cli.output import Output, printable
+from kvstore.errors import KVStoreError
+
+_Own = ParamSpec("_Own")
+_PANEL = "Settings (over the environment, over the file that KVSTORE_CONFIG names)"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a command: settings given as flags, for `resolve_settings`, and where to print."""
+
+    flags: Mapping[str, str]
+    output: Output
+
+
+def node_command(body: Callable[Concatenate[Call, _Own], ExitCode]) -> Callable[..., None]:
+    """Frame `body` as a typer command: it gets a `Call`, its own parameters, and returns how it ended.
+
+    A KVStoreError becomes one clear message on stderr and the exit code of its class.
+    """
+
+    def command(**arguments: Any) -> None:
+        common = {name: arguments.pop(name) for name in _COMMON}
+        output = Output(as_json=common.pop("as_json"))
+        try:
+            code = body(Call(_flags(**common), output), **arguments)  # type: ignore[call-arg] # by name
+        except KVStoreError as error:
+            code = exit_code_of(error)
+            _complain(error)
+        except KeyboardInterrupt:
+            code = ExitCode.INTERRUPTED
+        raise typer.Exit(code)
+
+    own = list(inspect.signature(body, eval_str=True).parameters.values())[1:]
+    command.__name__ = body.__name__
+    command.__doc__ = body.__doc__
+    command.__signature__ = inspect.Signature([*own, *_COMMON.values()])  # type: ignore[attr-defined] # PEP 362
+    return command
+
+
+def _flags(
+    bucket: Annotated[
+        str | None,
+        typer.Option(metavar="BUCKET", help="S3 bucket, file:///folder or memory://", rich_help_panel=_PANEL),
+    ] = None,
+    prefix: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Folder inside the bucket", rich_help_panel=_PANEL)
+    ] = None,
+    endpoint_url: Annotated[
+        str | None, typer.Option(metavar="URL", help="S3-compatible server", rich_help_panel=_PANEL)
+    ] = None,
+    region: Annotated[
+        str | None, typer.Option(metavar="REGION", help="AWS region", rich_help_panel=_PANEL)
+    ] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Any other setting; repeatable. `kvstore config` lists them.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line")] = False,  # noqa: ARG001, FBT002 declares the option
+) -> dict[str, str]:
+    flags = {}
+    for assignment in assignments or ():
+        name, equals, value = assignment.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"{assignment!r} is not of the form NAME=VALUE", param_hint="--set")
+        flags[name] = value
+    named = {"bucket": bucket, "prefix": prefix, "endpoint_url": endpoint_url, "region": region}
+    return flags | {name: value for name, value in named.items() if value is not None}
+
+
+_COMMON = inspect.signature(_flags, eval_str=True).parameters
+
+
+def _complain(error: KVStoreError) -> None:
+    lines = [printable(line) for line in str(error).splitlines()]
+    sys.stderr.write("kvstore: " + "\n  ".join(lines) + "\n")

@@ -1,0 +1,162 @@
+"""Everything the commands print goes through here: for people, or as JSON lines.
+
+Text that comes from a bucket is untrusted: nothing of it reaches a terminal as markup or as a
+control character.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+CELL_CHARACTERS_MAX = 1024
+_KIB = 1024
+# Wide enough that no line of a redirected listing is folded.
+_REDIRECTED_WIDTH = 100_000
+
+
+def printable(value: object) -> str:
+    """`value` as one line: control, format and surrogate characters escaped, very long text cut."""
+    text = str(value)
+    kept = text[:CELL_CHARACTERS_MAX]
+    safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in kept)
+    return safe if kept == text else safe + "..."
+
+
+def size_text(size_bytes: object) -> str:
+    """Bytes as people read them, such as 1.5 MiB."""
+    size = float(str(size_bytes))
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if size < _KIB:
+            break
+        size /= _KIB
+    else:
+        unit = "PiB"
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+
+
+def time_text(since_1970_s: object) -> str:
+    """A time in UTC; numbers no calendar has are shown as they are."""
+    try:
+        moment = datetime.fromtimestamp(float(str(since_1970_s)), UTC)
+    except (ValueError, OverflowError, OSError):
+        return f"{since_1970_s} s since 1970"
+    return moment.strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column for people: which field of a row, its title, and how its value is written.
+
+    width  characters kept for it where rows are printed as they come; a longer cell runs over
+    """
+
+    field: str
+    title: str
+    show: Callable[[object], str] = printable
+    right: bool = False
+    width: int = 0
+
+
+class Output:
+    """Where one command prints. JSON rows hold every field; people see the columns asked for."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        self.as_json = as_json
+        # A model's name may hold letters that the terminal's encoding lacks.
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="backslashreplace")
+
+    def record(self, kind: str, row: Mapping[str, object]) -> None:
+        """One line of JSON; nothing for people."""
+        if self.as_json:
+            # ASCII only, so that bidirectional overrides and the like stay escaped, too.
+            text = json.dumps({"kind": kind, **row}, ensure_ascii=True, allow_nan=False)
+            sys.stdout.write(text.replace("\x7f", "\\u007f") + "\n")
+            sys.stdout.flush()
+
+    def line(self, text: str, style: str = "") -> None:
+        """One line for people; nothing for JSON."""
+        if not self.as_json:
+            from rich.text import Text
+
+            self._console.print(Text(text, style=style), soft_wrap=True)
+
+    def table(
+        self, kind: str, title: str, columns: Sequence[Column], rows: Iterable[Mapping[str, object]]
+    ) -> None:
+        """A table of known rows."""
+        if self.as_json:
+            for row in rows:
+                self.record(kind, row)
+            return
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        for column in columns:
+            table.add_column(column.title, justify="right" if column.right else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(column.show(row[column.field])) for column in columns))
+        self._console.print(table)
+
+    def card(self, kind: str, title: str, row: Mapping[str, object], columns: Sequence[Column]) -> None:
+        """One row, its fields below each other."""
+        if self.as_json:
+            self.record(kind, row)
+            return
+        lines = [{"name": column.title, "value": column.show(row[column.field])} for column in columns]
+        self.table(kind, title, [Column("name", ""), Column("value", "")], lines)
+
+    def listing(self, kind: str, columns: Sequence[Column]) -> Listing:
+        """Rows printed as they come, however many."""
+        return Listing(self, kind, columns)
+
+    def progress(self, text: str) -> AbstractContextManager[object]:
+        """Say on a terminal, and only there, what is being waited for."""
+        if self.as_json or not self._console.is_terminal:
+            return contextlib.nullcontext()
+        return self._console.status(printable(text))
+
+    @cached_property
+    def _console(self) -> Console:
+        from rich.console import Console
+
+        width = None if sys.stdout.isatty() else _REDIRECTED_WIDTH
+        return Console(highlight=False, markup=False, emoji=False, width=width)
+
+
+class Listing:
+    """Rows printed as they come. Its heading waits for the first row."""
+
+    def __init__(self, output: Output, kind: str, columns: Sequence[Column]) -> None:
+        self._output = output
+        self._kind = kind
+        self._columns = columns
+        self.rows = 0
+
+    def add(self, row: Mapping[str, object]) -> None:
+        """Print one row."""
+        if not self.rows:
+            self._print([column.title for column in self._columns], "bold")
+        self.rows += 1
+        self._output.record(self._kind, row)
+        self._print([column.show(row[column.field]) for column in self._columns], "")
+
+    def _print(self, cells: Sequence[str], style: str) -> None:
+        padded = (
+            cell.rjust(column.width) if column.right else cell.ljust(column.width)
+            for cell, column in zip(cells, self._columns, strict=True)
+        )
+        self._output.line("  ".join(padded).rstrip(), style)

@@ -1,0 +1,81 @@
+"""What is known of the backend's contents without asking it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+
+from kvstore.errors import MissReason
+from kvstore.keys import ChunkKey
+
+ABSENT_TTL_S = 1.0
+ENTRIES_MAX = 1 << 18
+
+# What an object can be replaced for. One that only this version cannot read is left alone.
+DAMAGE = frozenset(
+    {
+        MissReason.TRUNCATED,
+        MissReason.TRAILING_BYTES,
+        MissReason.BAD_MAGIC,
+        MissReason.BAD_HEADER,
+        MissReason.BAD_CHECKSUM,
+        MissReason.BAD_ENCODING,
+        MissReason.WRONG_KEY,
+    }
+)
+
+
+class Presence:
+    """Chunks seen present or absent lately. Thread-safe, bounded, forgets the oldest first.
+
+    present_ttl_s  how long a sighting is trusted: another node's GC may delete the chunk.
+                   Absence is trusted for ABSENT_TTL_S only: another node may store it any moment.
+    """
+
+    def __init__(self, present_ttl_s: float, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._present_ttl_s = present_ttl_s
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._known: OrderedDict[bytes, tuple[bool, float]] = OrderedDict()
+        self._damaged: OrderedDict[bytes, None] = OrderedDict()
+
+    def get(self, key: ChunkKey) -> bool | None:
+        """True: present, False: absent, None: not known."""
+        with self._lock:
+            known = self._known.get(key.hash)
+        if known is None or known[1] < self._clock():
+            return None
+        return known[0]
+
+    def note(self, keys: Iterable[ChunkKey], *, present: bool) -> None:
+        """Remember what a request has shown of these chunks."""
+        expires = self._clock() + (self._present_ttl_s if present else ABSENT_TTL_S)
+        with self._lock:
+            for key in keys:
+                self._known[key.hash] = (present, expires)
+                self._known.move_to_end(key.hash)
+            while len(self._known) > ENTRIES_MAX:
+                self._known.popitem(last=False)
+
+    def note_miss(self, key: ChunkKey, reason: MissReason) -> None:
+        """Remember that loading a chunk found it absent or damaged; other reasons prove nothing."""
+        if reason is MissReason.ABSENT or reason in DAMAGE:
+            self.note([key], present=False)
+        if reason in DAMAGE:
+            with self._lock:
+                self._damaged[key.hash] = None
+                if len(self._damaged) > ENTRIES_MAX:
+                    self._damaged.popitem(last=False)
+
+    def is_damaged(self, key: ChunkKey) -> bool:
+        """Whether the object stored for `key` was seen to be damaged, so that saving replaces it."""
+        with self._lock:
+            return key.hash in self._damaged
+
+    def note_stored(self, key: ChunkKey) -> None:
+        """Remember that a whole object is stored for `key`."""
+        self.note([key], present=True)
+        with self._lock:
+            self._damaged.pop(key.hash, None)

@@ -1,0 +1,326 @@
+"""KVStore: the facade an engine adapter talks to."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+from collections.abc import Sequence
+from types import MappingProxyType, TracebackType
+
+from kvstore.arena import Arena, Slot
+from kvstore.backends.contract import Backend
+from kvstore.backends.metered import MeteredBackend
+from kvstore.backends.opening import open_backend
+from kvstore.chunk_fetch import ChunkFetcher
+from kvstore.codecs.registry import parse_codec
+from kvstore.errors import KVStoreError, LayoutMismatchError, MisconfiguredError, MissReason, StoreClosedError
+from kvstore.event_loop import EventLoopThread
+from kvstore.fetch_gate import FetchGate
+from kvstore.handles import Durability, FlushReport, LoadHandle, LookupResult, SaveHandle, SaveOutcome
+from kvstore.keys import ChunkKey, PrefixChain, object_name
+from kvstore.layout import ChunkForm, KVLayout, Shard
+from kvstore.lookup import Prober
+from kvstore.memory_tier import MemoryTier
+from kvstore.metrics import Metrics
+from kvstore.namespace import Namespace
+from kvstore.pages import PageSink, PageSource
+from kvstore.plan import FetchLimits
+from kvstore.presence import Presence
+from kvstore.read_path import ChunkLoad, ReadPath
+from kvstore.settings import Settings, load_settings
+from kvstore.warn import WarnRarely
+from kvstore.write_behind import ChunkWriter, UploadLimits, WriteBehind
+
+__all__ = ["Durability", "KVStore"]
+
+_log = logging.getLogger("kvstore")
+SLOTS_MIN = 2
+
+
+class KVStore:
+    """Keeps chunks of one KV layout and shard, for any number of namespaces with that layout.
+
+    Thread-safe. Trouble with the backend never raises here: it is a miss or a failed save,
+    counted in `metrics` and logged once. What does raise is a caller's or a setting's mistake.
+    """
+
+    @classmethod
+    def open(
+        cls,
+        layout: KVLayout,
+        *,
+        shard: Shard | None = None,
+        settings: Settings | None = None,
+        backend: Backend | None = None,
+    ) -> KVStore:
+        """Open a store for `layout`; no request is made yet.
+
+        shard     what this rank holds; by default all kv heads
+        settings  by default those of the environment
+        backend   by default the one the settings name; the store closes it
+
+        Raises MisconfiguredError for settings that cannot work, naming them.
+        """
+        settings = settings or load_settings()
+        form = ChunkForm(layout, shard or layout.whole)
+        return cls(form, settings, backend or open_backend(settings))
+
+    def __init__(self, form: ChunkForm, settings: Settings, backend: Backend) -> None:
+        slots = settings.memory_bytes // form.raw_bytes
+        if slots < SLOTS_MIN:
+            raise MisconfiguredError(
+                f"KVSTORE_MEMORY_BYTES={settings.memory_bytes} holds {slots} chunks of {form.raw_bytes} bytes; "
+                f"set it to {SLOTS_MIN * form.raw_bytes} or more, or KVSTORE_CHUNK_TOKENS to fewer tokens"
+            )
+        self.form = form
+        self.metrics = Metrics()
+        self._settings = settings
+        self._warn = WarnRarely(_log)
+        self._loop = EventLoopThread(workers=min(8, (os.cpu_count() or 1) + 2))
+        self._backend = MeteredBackend(backend, self.metrics)
+        self._memory = MemoryTier(form.raw_bytes, slots)
+        self._presence = Presence(settings.presence_ttl_s)
+        self._prober = Prober(self._exists, self._presence)
+        self._reads = self._read_path()
+        self._writes = self._write_behind()
+        self._closing = threading.Lock()
+        self._closed = False
+
+    @property
+    def layout(self) -> KVLayout:
+        """The layout every namespace used with this store must have."""
+        return self.form.layout
+
+    @property
+    def shard(self) -> Shard:
+        """The kv heads this store's chunks hold."""
+        return self.form.shard
+
+    def chain(
+        self,
+        namespace: Namespace,
+        tokens: Sequence[int],
+        *,
+        extra_keys: Sequence[Sequence[bytes]] = (),
+        tenant_salt: str | None = None,
+    ) -> PrefixChain:
+        """Keys of the full chunks of `tokens`; see PrefixChain.of.
+
+        tenant_salt  by default the one of the settings
+
+        Raises LayoutMismatchError, showing both layouts, if the namespace has another one.
+        """
+        if namespace.layout != self.layout:
+            raise LayoutMismatchError(
+                "the engine's KV layout is not the store's, so nothing could be shared:\n"
+                f"  engine: {namespace.layout}\n  store:  {self.layout}"
+            )
+        salt = self._settings.tenant_salt.get_secret_value() if tenant_salt is None else tenant_salt
+        return PrefixChain.of(namespace, tokens, tenant_salt=salt, extra_keys=extra_keys)
+
+    def lookup(self, chain: PrefixChain, *, timeout_s: float | None = None) -> LookupResult:
+        """How many leading chunks of `chain` are present. No side effect.
+
+        timeout_s  by default KVSTORE_LOOKUP_TIMEOUT_S; then what is known so far is the answer
+        """
+        self._check_open()
+        return self._loop.run(self._lookup(chain.keys, timeout_s or self._settings.lookup_timeout_s))
+
+    def load(
+        self, chain: PrefixChain, span: range, sink: PageSink, *, timeout_s: float | None = None
+    ) -> LoadHandle:
+        """Start copying the chunks `chain.keys[i] for i in span` into pages.
+
+        sink       called in a thread of the store until the handle's wait() or cancel() returns
+        timeout_s  by default KVSTORE_LOAD_TIMEOUT_S; what has not arrived by then is a miss
+        """
+        _check_span(span, chain)
+        self._check_open()
+        load = ChunkLoad(self._reads, chain.keys, sink, span)
+        task = self._loop.submit(load.run(timeout_s or self._settings.load_timeout_s))
+        task.add_done_callback(lambda _: load.handle._abandon())  # noqa: SLF001 the handle's other half
+        return load.handle
+
+    def save(
+        self,
+        chain: PrefixChain,
+        span: range,
+        source: PageSource,
+        *,
+        until: Durability = Durability.QUEUED,
+    ) -> SaveHandle:
+        """Take the chunks `chain.keys[i] for i in span` from pages and store them.
+
+        Gathers in the calling thread, then returns; it never waits for the backend. A chunk that
+        is known to be stored is not gathered. When memory or the upload queue is full the rest
+        of the span is dropped: the handle and the metrics say so.
+        """
+        _check_span(span, chain)
+        self._check_open()
+        handle = SaveHandle(until)
+        for index in span:
+            outcome = self._save_chunk(chain, index, source, handle)
+            if outcome is not None:
+                self.metrics.saved_chunks.labels(outcome.value).inc()
+                handle._settle(index, outcome)  # noqa: SLF001 the handle's other half
+        self._memory.touch(chain.keys[: span.stop])
+        return handle
+
+    def flush(self, timeout_s: float | None = None) -> FlushReport:
+        """Wait until everything saved so far is stored or has failed; says what is left.
+
+        timeout_s  by default KVSTORE_CLOSE_TIMEOUT_S
+        """
+        self._check_open()
+        return self._loop.run(self._writes.flush(timeout_s or self._settings.close_timeout_s))
+
+    def close(self) -> FlushReport:
+        """Flush for KVSTORE_CLOSE_TIMEOUT_S, drop what is left, and release everything."""
+        with self._closing:
+            if self._closed:
+                return FlushReport(0, 0)
+            report = self.flush()
+            if report.chunks_left:
+                _log.warning(
+                    "closed with %d chunks (%d bytes) not stored; raise KVSTORE_CLOSE_TIMEOUT_S to wait longer",
+                    report.chunks_left,
+                    report.bytes_left,
+                )
+            self._closed = True
+            self._loop.close(last=self._backend.close())
+            self._memory.clear()
+            return report
+
+    def __enter__(self) -> KVStore:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _read_path(self) -> ReadPath:
+        limits = FetchLimits()
+        fetcher = ChunkFetcher(
+            backend=self._backend,
+            prefix=self._settings.prefix,
+            form=self.form,
+            limits=limits,
+            gate=FetchGate(self._settings.fetch_concurrency),
+            loop=self._loop,
+            scratch=Arena(ChunkFetcher.scratch_bytes(self.form, limits), self._settings.fetch_concurrency),
+        )
+        return ReadPath(
+            form=self.form,
+            memory=self._memory,
+            fetcher=fetcher,
+            presence=self._presence,
+            metrics=self.metrics,
+            loop=self._loop,
+            warn=self._warn,
+        )
+
+    def _write_behind(self) -> WriteBehind:
+        settings = self._settings
+        codec = parse_codec(settings.codec)
+        return WriteBehind(
+            backend=self._backend,
+            prefix=settings.prefix,
+            writer=ChunkWriter(self.form, codec, settings.upload_concurrency),
+            form=self.form,
+            limits=UploadLimits(
+                settings.upload_queue_bytes, settings.upload_concurrency, settings.upload_timeout_s
+            ),
+            presence=self._presence,
+            metrics=self.metrics,
+            loop=self._loop,
+            warn=self._warn,
+        )
+
+    async def _lookup(self, keys: Sequence[ChunkKey], timeout_s: float) -> LookupResult:
+        in_memory = next((i for i, key in enumerate(keys) if key not in self._memory), len(keys))
+        found = in_memory
+        miss = MissReason.ABSENT
+
+        def note(count: int) -> None:
+            nonlocal found
+            found = count
+
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._prober.leading(keys, in_memory, note)
+        except TimeoutError:
+            miss = MissReason.TIMEOUT
+        except KVStoreError as error:
+            miss = MissReason.UNREACHABLE
+            self._warn("lookup", f"lookup in {self._backend.location} failed and counts as a miss: {error}")
+        if miss is not MissReason.ABSENT:
+            self.metrics.lookup_failures.labels(miss.value).inc()
+            if miss is MissReason.TIMEOUT:
+                self._warn("lookup", f"no answer from {self._backend.location} within {timeout_s:g} s")
+        by_tier = {"memory": in_memory, "backend": found - in_memory}
+        for tier, chunks in by_tier.items():
+            self.metrics.lookup_chunks.labels(tier).inc(chunks)
+        return LookupResult(found, MappingProxyType(by_tier), miss if found < len(keys) else None)
+
+    async def _exists(self, key: ChunkKey) -> bool:
+        name = object_name(self._settings.prefix, key, self.shard)
+        return await self._backend.head(name) is not None
+
+    def _save_chunk(
+        self, chain: PrefixChain, index: int, source: PageSource, handle: SaveHandle
+    ) -> SaveOutcome | None:
+        """Queue one chunk, or say why it is not queued. None: an upload of it will tell."""
+        key = chain.keys[index]
+        upload = self._writes.upload_of(key)
+        if upload is None:
+            if self._presence.get(key):
+                return SaveOutcome.PRESENT
+            if not self._writes.has_room():
+                return SaveOutcome.DROPPED_QUEUE_FULL
+            slot = self._filled_slot(key, index, source)
+            if slot is None:
+                return SaveOutcome.DROPPED_NO_MEMORY
+            upload = self._writes.submit(chain.namespace, key, slot)
+            slot.release()
+        handle._follow(index, upload)  # noqa: SLF001 the handle's other half
+        return None
+
+    def _filled_slot(self, key: ChunkKey, index: int, source: PageSource) -> Slot | None:
+        """The chunk in host form: from the memory tier, else gathered and admitted to it."""
+        slot = self._memory.get(key)
+        if slot is not None:
+            return slot
+        slot = self._memory.arena.try_acquire()
+        if slot is None:
+            return None
+        try:
+            self._gather(slot, index, source)
+        except BaseException:
+            slot.release()
+            raise
+        self._memory.admit(key, slot)
+        return slot
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StoreClosedError("the store is closed; open another with KVStore.open")
+
+    def _gather(self, slot: Slot, index: int, source: PageSource) -> None:
+        form = self.form
+        starts = range(form.header_bytes, form.raw_bytes, form.stride)
+        source.gather(index, [slot.memory[start : start + form.section_bytes] for start in starts])
+        padding = bytes(form.stride - form.section_bytes)
+        if padding:
+            for start in starts:
+                slot.memory[start + form.section_bytes : start + form.stride] = padding
+
+
+def _check_span(span: range, chain: PrefixChain) -> None:
+    if span.step != 1 or not 0 <= span.start <= span.stop <= len(chain):
+        raise MisconfiguredError(f"{span} is no span of a chain of {len(chain)} chunks")
