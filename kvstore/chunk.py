@@ -18,7 +18,14 @@ import xxhash
 from kvstore.backends.contract import Buffer
 from kvstore.errors import MissError, MissReason
 from kvstore.keys import ChunkKey
-from kvstore.layout import LAYERS_MAX, PREAMBLE_BYTES, SECTION_ALIGN_MAX, ChunkForm, Shard, stored_header_bytes
+from kvstore.layout import (
+    LAYERS_MAX,
+    PREAMBLE_BYTES,
+    SECTION_ALIGN_MAX,
+    ChunkForm,
+    Shard,
+    stored_header_bytes,
+)
 
 # As in PNG: the high bit and both line endings catch transfers that are not byte-exact.
 MAGIC = b"\x89KVC\r\n\x1a\n"
@@ -129,7 +136,7 @@ def decode_header(data: Buffer) -> ChunkHeader:
     if magic != MAGIC:
         raise MissError(MissReason.BAD_MAGIC, "does not begin with kvstore's magic number")
     if version != VERSION:
-        raise MissError(MissReason.BAD_VERSION, f"is of format version {version}; this reader knows {VERSION}")
+        raise MissError(MissReason.BAD_VERSION, f"is of format version {version}, not {VERSION}")
     if not packed_bytes <= region_bytes - PREAMBLE_BYTES < HEADER_REGION_BYTES_MAX:
         raise MissError(MissReason.BAD_HEADER, f"claims a header of {packed_bytes} in {region_bytes} bytes")
     if len(view) < region_bytes:

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
 
-from kvstore.keys import ChunkKey
+from kvstore.backends.contract import Backend
+from kvstore.errors import KVStoreError, MissReason
+from kvstore.handles import LookupResult
+from kvstore.keys import ChunkKey, object_name
+from kvstore.layout import Shard
+from kvstore.memory_tier import MemoryTier
+from kvstore.metrics import Metrics
 from kvstore.presence import Presence
+from kvstore.warn import WarnRarely
 
 PROBES_PER_ROUND = 16
 
@@ -33,39 +42,69 @@ def narrow(low: int, high: int, answers: Sequence[tuple[int, bool]]) -> tuple[in
     return low, high
 
 
-class Prober:
-    """Finds the end of a stored prefix by asking `exists`, many questions at a time."""
+@dataclass(frozen=True)
+class Lookups:
+    """Answers lookups from the memory tier, then from what is known, then from the backend."""
 
-    def __init__(self, exists: Callable[[ChunkKey], Awaitable[bool]], presence: Presence) -> None:
-        self._exists = exists
-        self._presence = presence
+    backend: Backend
+    prefix: str
+    shard: Shard
+    memory: MemoryTier
+    presence: Presence
+    metrics: Metrics
+    warn: WarnRarely
 
-    async def leading(self, keys: Sequence[ChunkKey], low: int, found: Callable[[int], None]) -> None:
-        """Report by `found(count)` how many leading keys are present, more exactly each round.
+    async def run(self, keys: Sequence[ChunkKey], timeout_s: float) -> LookupResult:
+        """Count the leading keys that are present; never raises for trouble with the backend."""
+        in_memory = next((i for i, key in enumerate(keys) if key not in self.memory), len(keys))
+        found = in_memory
+        miss = MissReason.ABSENT
 
-        `low` keys are known to be present. Raises what `exists` raises; what `found` has been
-        told stays true.
-        """
-        low, high = self._narrow_by_memory(keys, low)
-        found(low)
+        def note(count: int) -> None:
+            nonlocal found
+            found = count
+
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._probe(keys, in_memory, note)
+        except TimeoutError:
+            miss = MissReason.TIMEOUT
+            self._fail(miss, f"gave no answer within {timeout_s:g} s (KVSTORE_LOOKUP_TIMEOUT_S)")
+        except KVStoreError as error:
+            miss = MissReason.UNREACHABLE
+            self._fail(miss, f"cannot be asked: {error}")
+        by_tier = {"memory": in_memory, "backend": found - in_memory}
+        for tier, chunks in by_tier.items():
+            self.metrics.lookup_chunks.labels(tier).inc(chunks)
+        return LookupResult(found, MappingProxyType(by_tier), miss if found < len(keys) else None)
+
+    async def _probe(self, keys: Sequence[ChunkKey], low: int, note: Callable[[int], None]) -> None:
+        """Tell `note` how many leading keys are present, more exactly after each round trip."""
+        low, high = self._known(keys, low)
+        note(low)
         while low < high:
             points = probe_points(low, high)
             present = await asyncio.gather(*(self._exists(keys[i]) for i in points))
             answers = list(zip(points, present, strict=True))
             low, high = narrow(low, high, answers)
-            self._presence.note([keys[i] for i, here in answers if not here], present=False)
-            self._presence.note(keys[: narrow(0, high, answers)[0]], present=True)
-            found(low)
+            self.presence.note([keys[i] for i, here in answers if not here], present=False)
+            self.presence.note(keys[: narrow(0, high, answers)[0]], present=True)
+            note(low)
 
-    def _narrow_by_memory(self, keys: Sequence[ChunkKey], low: int) -> tuple[int, int]:
-        high = len(keys)
-        for index in range(low, high):
-            known = self._presence.get(keys[index])
-            if known is None:
-                # A later sighting still proves this one, as prefixes are closed.
-                continue
-            if not known:
-                high = index
-                break
-            low = index + 1
-        return low, high
+    def _known(self, keys: Sequence[ChunkKey], low: int) -> tuple[int, int]:
+        """The interval that is left without asking anybody."""
+        for index in range(low, len(keys)):
+            known = self.presence.get(keys[index])
+            if known:
+                # It proves those before it too, as prefixes are closed.
+                low = index + 1
+            elif known is False:
+                return low, index
+        return low, len(keys)
+
+    async def _exists(self, key: ChunkKey) -> bool:
+        return await self.backend.head(object_name(self.prefix, key, self.shard)) is not None
+
+    def _fail(self, reason: MissReason, what: str) -> None:
+        self.metrics.lookup_failures.labels(reason.value).inc()
+        self.warn("lookup", f"{self.backend.location} {what}; what it holds counts as missed")

@@ -21,8 +21,8 @@ class Metrics:
             "missed_chunks", "Chunks that a load asked for and did not get, by reason", "reason"
         )
         self.saved_chunks = self._counter("saved_chunks", "Chunks given to save, by outcome", "outcome")
-        self.requests = self._counter("backend_requests", "Requests to the backend, by operation", "operation")
-        self.bytes = self._counter("backend_bytes", "Bytes to and from the backend, by operation", "operation")
+        self.requests = self._counter("backend_requests", "Requests to the backend", "operation")
+        self.bytes = self._counter("backend_bytes", "Bytes to and from the backend", "operation")
 
     def count_miss(self, reason: MissReason) -> None:
         """One chunk was not served."""

@@ -159,7 +159,7 @@ class ChunkLoad:
             return
         try:
             await self._path.loop.work(self._sink.scatter, layer, indices, sections)
-        except Exception as error:  # noqa: BLE001 the engine's code; whatever it raises is a miss
+        except Exception as error:  # the engine's code: whatever it raises is a miss
             self._miss(indices[0], MissReason.SINK_FAILED, error)
             return
         for index in indices:

@@ -81,7 +81,9 @@ class Settings(BaseSettings):
     endpoint_url: Annotated[str, AfterValidator(_check_endpoint)] = Field(
         "", description="URL of an S3-compatible server, such as http://127.0.0.1:9000; empty for AWS"
     )
-    region: str = Field("", description="an AWS region, such as eu-central-1; empty for the AWS default chain")
+    region: str = Field(
+        "", description="an AWS region, such as eu-central-1; empty for the AWS default chain"
+    )
     addressing_style: Literal["auto", "path", "virtual"] = Field(
         "auto", description="auto, path or virtual: where the bucket's name stands in URLs"
     )
@@ -98,10 +100,14 @@ class Settings(BaseSettings):
         SecretStr(""), description="a secret text; tenants with different salts never share chunks"
     )
     lookup_timeout_s: Seconds = Field(1.0, description="seconds a lookup may take before it answers 'miss'")
-    load_timeout_s: Seconds = Field(10.0, description="seconds a load may take before what is missing is a miss")
+    load_timeout_s: Seconds = Field(
+        10.0, description="seconds a load may take before what is missing is a miss"
+    )
     upload_timeout_s: Seconds = Field(60.0, description="seconds one upload may take, retries included")
     close_timeout_s: Seconds = Field(10.0, description="seconds close() may spend on uploads still queued")
-    presence_ttl_s: Seconds = Field(60.0, description="seconds a lookup may trust that a chunk seen is still there")
+    presence_ttl_s: Seconds = Field(
+        60.0, description="seconds a lookup may trust that a chunk seen is still there"
+    )
     fetch_concurrency: Count = Field(16, description="ranged reads in flight at once")
     upload_concurrency: Count = Field(4, description="uploads in flight at once")
     upload_queue_bytes: Bytes = Field(
@@ -179,7 +185,7 @@ def _read_file(path: str) -> dict[str, Any]:
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise MisconfiguredError(
             f"{CONFIG_VARIABLE}={path!r} cannot be read: {error}; it takes the path of a TOML file "
-            "with settings such as bucket = \"my-bucket\""
+            'with settings such as bucket = "my-bucket"'
         ) from None
 
 
@@ -195,5 +201,7 @@ def _explain(error: ValidationError, origins: Mapping[str, str]) -> str:
         secret = field.annotation is SecretStr
         value = "****" if secret else repr(problem["input"])
         reason = problem["msg"].removeprefix("Value error, ")
-        lines.append(f"{variable(name)}={value} (from {origins[name]}): {reason}; it takes {field.description}")
+        lines.append(
+            f"{variable(name)}={value} (from {origins[name]}): {reason}; it takes {field.description}"
+        )
     return "\n".join(lines)

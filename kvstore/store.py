@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import threading
 from collections.abc import Sequence
-from types import MappingProxyType, TracebackType
+from types import TracebackType
+from typing import Self
 
 from kvstore.arena import Arena, Slot
 from kvstore.backends.contract import Backend
 from kvstore.backends.metered import MeteredBackend
 from kvstore.backends.opening import open_backend
 from kvstore.chunk_fetch import ChunkFetcher
+from kvstore.chunk_writer import ChunkWriter
 from kvstore.codecs.registry import parse_codec
-from kvstore.errors import KVStoreError, LayoutMismatchError, MisconfiguredError, MissReason, StoreClosedError
+from kvstore.errors import LayoutMismatchError, MisconfiguredError, StoreClosedError
 from kvstore.event_loop import EventLoopThread
 from kvstore.fetch_gate import FetchGate
 from kvstore.handles import Durability, FlushReport, LoadHandle, LookupResult, SaveHandle, SaveOutcome
-from kvstore.keys import ChunkKey, PrefixChain, object_name
+from kvstore.keys import ChunkKey, PrefixChain
 from kvstore.layout import ChunkForm, KVLayout, Shard
-from kvstore.lookup import Prober
+from kvstore.lookup import Lookups
 from kvstore.memory_tier import MemoryTier
 from kvstore.metrics import Metrics
 from kvstore.namespace import Namespace
@@ -31,7 +32,7 @@ from kvstore.presence import Presence
 from kvstore.read_path import ChunkLoad, ReadPath
 from kvstore.settings import Settings, load_settings
 from kvstore.warn import WarnRarely
-from kvstore.write_behind import ChunkWriter, UploadLimits, WriteBehind
+from kvstore.write_behind import UploadLimits, WriteBehind
 
 __all__ = ["Durability", "KVStore"]
 
@@ -71,8 +72,8 @@ class KVStore:
         slots = settings.memory_bytes // form.raw_bytes
         if slots < SLOTS_MIN:
             raise MisconfiguredError(
-                f"KVSTORE_MEMORY_BYTES={settings.memory_bytes} holds {slots} chunks of {form.raw_bytes} bytes; "
-                f"set it to {SLOTS_MIN * form.raw_bytes} or more, or KVSTORE_CHUNK_TOKENS to fewer tokens"
+                f"KVSTORE_MEMORY_BYTES={settings.memory_bytes} holds {slots} chunks of {form.raw_bytes} bytes"
+                f"; set it to {SLOTS_MIN * form.raw_bytes} or more, or KVSTORE_CHUNK_TOKENS to fewer tokens"
             )
         self.form = form
         self.metrics = Metrics()
@@ -82,7 +83,15 @@ class KVStore:
         self._backend = MeteredBackend(backend, self.metrics)
         self._memory = MemoryTier(form.raw_bytes, slots)
         self._presence = Presence(settings.presence_ttl_s)
-        self._prober = Prober(self._exists, self._presence)
+        self._lookups = Lookups(
+            backend=self._backend,
+            prefix=settings.prefix,
+            shard=form.shard,
+            memory=self._memory,
+            presence=self._presence,
+            metrics=self.metrics,
+            warn=self._warn,
+        )
         self._reads = self._read_path()
         self._writes = self._write_behind()
         self._closing = threading.Lock()
@@ -126,7 +135,7 @@ class KVStore:
         timeout_s  by default KVSTORE_LOOKUP_TIMEOUT_S; then what is known so far is the answer
         """
         self._check_open()
-        return self._loop.run(self._lookup(chain.keys, timeout_s or self._settings.lookup_timeout_s))
+        return self._loop.run(self._lookups.run(chain.keys, timeout_s or self._settings.lookup_timeout_s))
 
     def load(
         self, chain: PrefixChain, span: range, sink: PageSink, *, timeout_s: float | None = None
@@ -184,7 +193,7 @@ class KVStore:
             report = self.flush()
             if report.chunks_left:
                 _log.warning(
-                    "closed with %d chunks (%d bytes) not stored; raise KVSTORE_CLOSE_TIMEOUT_S to wait longer",
+                    "closed with %d chunks (%d bytes) not stored; to wait longer set KVSTORE_CLOSE_TIMEOUT_S",
                     report.chunks_left,
                     report.bytes_left,
                 )
@@ -193,7 +202,7 @@ class KVStore:
             self._memory.clear()
             return report
 
-    def __enter__(self) -> KVStore:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -241,36 +250,6 @@ class KVStore:
             loop=self._loop,
             warn=self._warn,
         )
-
-    async def _lookup(self, keys: Sequence[ChunkKey], timeout_s: float) -> LookupResult:
-        in_memory = next((i for i, key in enumerate(keys) if key not in self._memory), len(keys))
-        found = in_memory
-        miss = MissReason.ABSENT
-
-        def note(count: int) -> None:
-            nonlocal found
-            found = count
-
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._prober.leading(keys, in_memory, note)
-        except TimeoutError:
-            miss = MissReason.TIMEOUT
-        except KVStoreError as error:
-            miss = MissReason.UNREACHABLE
-            self._warn("lookup", f"lookup in {self._backend.location} failed and counts as a miss: {error}")
-        if miss is not MissReason.ABSENT:
-            self.metrics.lookup_failures.labels(miss.value).inc()
-            if miss is MissReason.TIMEOUT:
-                self._warn("lookup", f"no answer from {self._backend.location} within {timeout_s:g} s")
-        by_tier = {"memory": in_memory, "backend": found - in_memory}
-        for tier, chunks in by_tier.items():
-            self.metrics.lookup_chunks.labels(tier).inc(chunks)
-        return LookupResult(found, MappingProxyType(by_tier), miss if found < len(keys) else None)
-
-    async def _exists(self, key: ChunkKey) -> bool:
-        name = object_name(self._settings.prefix, key, self.shard)
-        return await self._backend.head(name) is not None
 
     def _save_chunk(
         self, chain: PrefixChain, index: int, source: PageSource, handle: SaveHandle

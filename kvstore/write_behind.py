@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import threading
-import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from kvstore.arena import Arena, Slot
+from kvstore.arena import Slot
 from kvstore.backends.contract import Backend, Buffer, PutStatus
-from kvstore.chunk import AS_IS, WRITER_BYTES, ChunkHeader, SectionEntry, checksum, encode_header
-from kvstore.codecs.contract import ByteCodec
+from kvstore.chunk_writer import ChunkWriter
 from kvstore.errors import KVStoreError
 from kvstore.event_loop import EventLoopThread
 from kvstore.handles import FlushReport, SaveOutcome
@@ -36,67 +33,6 @@ class UploadLimits:
     queue_bytes: int
     concurrency: int
     timeout_s: float
-
-
-class ChunkWriter:
-    """Turns host form into stored form. One per process: its id names the writer in headers."""
-
-    def __init__(self, form: ChunkForm, codec: ByteCodec | None, buffers: int) -> None:
-        self._form = form
-        self._codec = codec
-        self._writer = secrets.token_bytes(WRITER_BYTES)
-        # Encoded sections are written here; raw ones are sent from the slot itself.
-        self.buffers = Arena(form.raw_bytes, buffers)
-
-    def seal(self, key: ChunkKey, slot: Slot, buffer: Slot) -> Sequence[Buffer]:
-        """The object's bytes as parts to be sent: views of `slot` and `buffer`, valid as they are."""
-        host = slot.memory[self._form.header_bytes : self._form.raw_bytes]
-        sections: list[SectionEntry] = []
-        parts: list[Buffer] = []
-        if self._codec is None:
-            sections = [self._as_is(self._extent(host, layer)) for layer in range(self._form.layers)]
-            parts = [host]
-        else:
-            offset = 0
-            for layer in range(self._form.layers):
-                section, extent = self._encode(self._extent(host, layer), buffer.memory[offset:])
-                sections.append(section)
-                offset += len(extent)
-            parts = [buffer.memory[:offset]]
-        return [encode_header(self._header(key, sections)), *parts]
-
-    def _extent(self, host: memoryview, layer: int) -> memoryview:
-        return host[layer * self._form.stride : (layer + 1) * self._form.stride]
-
-    def _as_is(self, extent: memoryview) -> SectionEntry:
-        length = self._form.section_bytes
-        return SectionEntry(length, length, AS_IS, checksum(extent))
-
-    def _encode(self, extent: memoryview, out: memoryview) -> tuple[SectionEntry, memoryview]:
-        assert self._codec is not None
-        length = self._form.section_bytes
-        stored_bytes = self._codec.encode(extent[:length], out[: length - 1])
-        if stored_bytes is None:
-            out[: len(extent)] = extent
-            return self._as_is(extent), out[: len(extent)]
-        stored = out[: self._form.padded(stored_bytes)]
-        stored[stored_bytes:] = bytes(len(stored) - stored_bytes)
-        return SectionEntry(stored_bytes, length, AS_IS + 1, checksum(stored)), stored
-
-    def _header(self, key: ChunkKey, sections: Sequence[SectionEntry]) -> ChunkHeader:
-        return ChunkHeader(
-            hash=key.hash,
-            parent=key.parent,
-            depth=key.depth,
-            namespace_digest=key.namespace_digest,
-            shard=self._form.shard,
-            tokens=self._form.layout.chunk_tokens,
-            align=self._form.align,
-            codecs=() if self._codec is None else (self._codec.name,),
-            writer=self._writer,
-            created_s=int(time.time()),
-            sections=tuple(sections),
-        )
 
 
 class WriteBehind:
@@ -166,7 +102,9 @@ class WriteBehind:
             async with self._places, asyncio.timeout(self._limits.timeout_s):
                 outcome = await self._store(namespace, key, slot)
         except TimeoutError:
-            self._warn("upload", f"chunk {key} was not stored within {self._limits.timeout_s:g} s and is dropped")
+            self._warn(
+                "upload", f"chunk {key} was not stored within {self._limits.timeout_s:g} s and is dropped"
+            )
         except KVStoreError as error:
             self._warn("upload", f"chunk {key} could not be stored and is dropped: {error}")
         except Exception:

@@ -1,0 +1,79 @@
+"""Turning a chunk's host form into its stored form."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Sequence
+
+from kvstore.arena import Arena, Slot
+from kvstore.backends.contract import Buffer
+from kvstore.chunk import AS_IS, WRITER_BYTES, ChunkHeader, SectionEntry, checksum, encode_header
+from kvstore.codecs.contract import ByteCodec
+from kvstore.keys import ChunkKey
+from kvstore.layout import ChunkForm
+
+
+class ChunkWriter:
+    """Seals chunks of one form. Its random id names the writer in headers.
+
+    codec    encodes sections; one that does not shrink is stored as it is. None: none is encoded
+    buffers  how many chunks can be encoded at once
+    """
+
+    def __init__(self, form: ChunkForm, codec: ByteCodec | None, buffers: int) -> None:
+        self._form = form
+        self._codec = codec
+        self._writer = secrets.token_bytes(WRITER_BYTES)
+        # Encoded sections are written here; raw ones are sent from the slot itself.
+        self.buffers = Arena(form.raw_bytes, buffers)
+
+    def seal(self, key: ChunkKey, slot: Slot, buffer: Slot) -> Sequence[Buffer]:
+        """The object's bytes as parts to be sent: views of `slot` and `buffer`, valid as they are."""
+        host = slot.memory[self._form.header_bytes : self._form.raw_bytes]
+        sections: list[SectionEntry] = []
+        parts: list[Buffer] = []
+        if self._codec is None:
+            sections = [self._as_is(self._extent(host, layer)) for layer in range(self._form.layers)]
+            parts = [host]
+        else:
+            offset = 0
+            for layer in range(self._form.layers):
+                section, extent = self._encode(self._extent(host, layer), buffer.memory[offset:])
+                sections.append(section)
+                offset += len(extent)
+            parts = [buffer.memory[:offset]]
+        return [encode_header(self._header(key, sections)), *parts]
+
+    def _extent(self, host: memoryview, layer: int) -> memoryview:
+        return host[layer * self._form.stride : (layer + 1) * self._form.stride]
+
+    def _as_is(self, extent: memoryview) -> SectionEntry:
+        length = self._form.section_bytes
+        return SectionEntry(length, length, AS_IS, checksum(extent))
+
+    def _encode(self, extent: memoryview, out: memoryview) -> tuple[SectionEntry, memoryview]:
+        assert self._codec is not None
+        length = self._form.section_bytes
+        stored_bytes = self._codec.encode(extent[:length], out[: length - 1])
+        if stored_bytes is None:
+            out[: len(extent)] = extent
+            return self._as_is(extent), out[: len(extent)]
+        stored = out[: self._form.padded(stored_bytes)]
+        stored[stored_bytes:] = bytes(len(stored) - stored_bytes)
+        return SectionEntry(stored_bytes, length, AS_IS + 1, checksum(stored)), stored
+
+    def _header(self, key: ChunkKey, sections: Sequence[SectionEntry]) -> ChunkHeader:
+        return ChunkHeader(
+            hash=key.hash,
+            parent=key.parent,
+            depth=key.depth,
+            namespace_digest=key.namespace_digest,
+            shard=self._form.shard,
+            tokens=self._form.layout.chunk_tokens,
+            align=self._form.align,
+            codecs=() if self._codec is None else (self._codec.name,),
+            writer=self._writer,
+            created_s=int(time.time()),
+            sections=tuple(sections),
+        )
