@@ -16,7 +16,7 @@ from kvstore.backends.opening import open_backend
 from kvstore.chunk_fetch import ChunkFetcher
 from kvstore.chunk_writer import ChunkWriter
 from kvstore.codecs.registry import parse_codec
-from kvstore.errors import LayoutMismatchError, MisconfiguredError, StoreClosedError
+from kvstore.errors import KVStoreError, LayoutMismatchError, MisconfiguredError, StoreClosedError
 from kvstore.event_loop import EventLoopThread
 from kvstore.fetch_gate import FetchGate
 from kvstore.handles import Durability, FlushReport, LoadHandle, LookupResult, SaveHandle, SaveOutcome
@@ -56,7 +56,7 @@ class KVStore:
         settings: Settings | None = None,
         backend: Backend | None = None,
     ) -> KVStore:
-        """Open a store for `layout`; no request is made yet.
+        """Open a store for `layout`. Returns at once and connects in the background.
 
         shard     what this rank holds; by default all kv heads
         settings  by default those of the environment
@@ -96,6 +96,7 @@ class KVStore:
         self._writes = self._write_behind()
         self._closing = threading.Lock()
         self._closed = False
+        self._loop.submit(self._connect())
 
     @property
     def layout(self) -> KVLayout:
@@ -250,6 +251,13 @@ class KVStore:
             loop=self._loop,
             warn=self._warn,
         )
+
+    async def _connect(self) -> None:
+        """Loading an S3 client takes longer than a lookup may; trouble is said before the first one."""
+        try:
+            await self._backend.clock_s()
+        except KVStoreError as error:
+            self._warn("connect", f"{self._backend.location} cannot be used, engines compute cold: {error}")
 
     def _save_chunk(
         self, chain: PrefixChain, index: int, source: PageSource, handle: SaveHandle

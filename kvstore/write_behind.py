@@ -64,6 +64,7 @@ class WriteBehind:
         self._uploads: dict[bytes, Future[SaveOutcome]] = {}
         self._places = asyncio.Semaphore(limits.concurrency)
         self._described: set[bytes] = set()
+        self._describing = asyncio.Lock()
 
     def upload_of(self, key: ChunkKey) -> Future[SaveOutcome] | None:
         """The upload of this chunk that is queued or under way."""
@@ -132,8 +133,9 @@ class WriteBehind:
 
     @retrying
     async def _describe(self, namespace: Namespace) -> None:
-        """Say in the bucket what the namespace is, once per process."""
-        if namespace.digest not in self._described:
-            name = namespace_document_name(self._prefix, namespace.name)
-            await self._backend.put(name, [namespace.document()], if_absent=True)
-            self._described.add(namespace.digest)
+        """Say in the bucket what the namespace is, once per store."""
+        async with self._describing:
+            if namespace.digest not in self._described:
+                name = namespace_document_name(self._prefix, namespace.name)
+                await self._backend.put(name, [namespace.document()], if_absent=True)
+                self._described.add(namespace.digest)

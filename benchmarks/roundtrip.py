@@ -1,0 +1,168 @@
+"""Saves and loads chunks through memory, the filesystem and S3 (moto), in turn.
+
+What one store saves another one loads, so nothing comes from the memory tier. JSON: machine,
+chunks, chunk_bytes, and `cases`: a list of {backend, codec, save_s, load_s, save_gbps,
+load_gbps, save_cpu_s_per_gb, load_cpu_s_per_gb}, medians over the rounds. CPU seconds are this
+process's, without the server's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.report import machine, print_result, say
+from kvstore import DType, Durability, KVLayout, KVStore, Namespace, load_settings
+from kvstore.backends.contract import Backend
+from kvstore.backends.filesystem import FilesystemBackend
+from kvstore.backends.memory import MemoryBackend
+from kvstore.backends.s3 import S3Backend, S3Options
+from kvstore.layout import ChunkForm
+from localstack.moto import moto_bucket
+
+# One layer of a chunk as Llama-3-8B has it: 8 kv heads of 128 in bfloat16; 8 of its 32 layers.
+LAYOUT = KVLayout(layers=8, kv_heads=8, head_dim=128, dtype=DType.BFLOAT16, page_form="nhd", page_tokens=16)
+FORM = ChunkForm(LAYOUT, LAYOUT.whole)
+DEADLINE_S = 300.0
+
+
+class HostPages:
+    """Pages of an engine on the CPU, as one buffer a layer: the copies a real adapter makes."""
+
+    def __init__(self, chunks: int) -> None:
+        random = os.urandom(FORM.section_bytes)
+        self._layers = [bytearray(random * chunks) for _ in range(LAYOUT.layers)]
+
+    def gather(self, index: int, sections: Sequence[memoryview]) -> None:
+        for layer, section in zip(self._layers, sections, strict=True):
+            section[:] = memoryview(layer)[self._at(index)]
+
+    def scatter(self, layer: int, indices: Sequence[int], sections: Sequence[memoryview]) -> None:
+        for index, section in zip(indices, sections, strict=True):
+            self._layers[layer][self._at(index)] = section
+
+    @staticmethod
+    def _at(index: int) -> slice:
+        return slice(index * FORM.section_bytes, (index + 1) * FORM.section_bytes)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds by the clock and of this process's CPU."""
+
+    wall_s: float
+    cpu_s: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="make bench NAME=roundtrip", description=__doc__)
+    parser.add_argument("--chunks", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    with ExitStack() as stack:
+        cases = [
+            Case(stack, name, make, codec, arguments.chunks)
+            for name, make in _backends(stack).items()
+            for codec in ("none", "zstd:1")
+        ]
+        for round_ in range(arguments.rounds + 1):
+            say(f"round {round_} of {arguments.rounds}" if round_ else "warming up")
+            for case in cases:
+                case.run(round_)
+        rows = [case.row() for case in cases]
+    _print_table(rows)
+    print_result(
+        {"machine": machine(), "chunks": arguments.chunks, "chunk_bytes": FORM.raw_bytes, "cases": rows}
+    )
+
+
+class Case:
+    """One backend and codec: a store that saves and another one that loads, both long alive."""
+
+    def __init__(
+        self, stack: ExitStack, name: str, make: Callable[[], Backend], codec: str, chunks: int
+    ) -> None:
+        self._name = name
+        self._codec = codec
+        self._chunks = chunks
+        self._pages = HostPages(chunks)
+        self._timings: list[tuple[Timing, Timing]] = []
+        settings = load_settings(
+            codec=codec,
+            memory_bytes=(chunks + 1) * FORM.raw_bytes,
+            upload_queue_bytes=(chunks + 1) * FORM.raw_bytes,
+            prefix="roundtrip",
+        )
+        self._saver = stack.enter_context(KVStore.open(LAYOUT, settings=settings, backend=make()))
+        self._loader = stack.enter_context(KVStore.open(LAYOUT, settings=settings, backend=make()))
+
+    def run(self, round_: int) -> None:
+        """Save and load chunks nobody has seen; round 0 only makes the arenas' memory resident."""
+        namespace = Namespace("roundtrip", f"{self._codec}/{round_}", LAYOUT, "none")
+        chain = self._saver.chain(namespace, range(self._chunks * LAYOUT.chunk_tokens))
+        span = range(self._chunks)
+        with _timed() as saved:
+            outcomes = self._saver.save(chain, span, self._pages, until=Durability.REMOTE).wait(DEADLINE_S)
+        with _timed() as loaded:
+            result = self._loader.load(chain, span, self._pages, timeout_s=DEADLINE_S).wait()
+        if set(outcomes.values()) != {"stored"} or result.chunks != self._chunks:
+            raise SystemExit(f"{self._name}: the round trip failed: {outcomes}, {result.failures}")
+        if round_:
+            self._timings.append((saved[0], loaded[0]))
+
+    def row(self) -> dict[str, str | float]:
+        """Medians over the rounds."""
+        total_gb = self._chunks * FORM.raw_bytes / 1e9
+        row: dict[str, str | float] = {"backend": self._name, "codec": self._codec}
+        for index, direction in enumerate(("save", "load")):
+            wall_s = statistics.median(timing[index].wall_s for timing in self._timings)
+            cpu_s = statistics.median(timing[index].cpu_s for timing in self._timings)
+            row[f"{direction}_s"] = round(wall_s, 4)
+            row[f"{direction}_gbps"] = round(total_gb / wall_s, 3)
+            row[f"{direction}_cpu_s_per_gb"] = round(cpu_s / total_gb, 3)
+        return row
+
+
+def _backends(stack: ExitStack) -> dict[str, Callable[[], Backend]]:
+    memory = MemoryBackend()
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    bucket = stack.enter_context(moto_bucket())
+    os.environ.update({name: value for name, value in bucket.items() if name.startswith("AWS_")})
+    options = S3Options(
+        bucket=bucket["KVSTORE_BUCKET"],
+        endpoint_url=bucket["KVSTORE_ENDPOINT_URL"],
+        region=bucket["KVSTORE_REGION"],
+    )
+    return {
+        "memory": lambda: memory,
+        "filesystem": lambda: FilesystemBackend(folder),
+        "s3-moto": lambda: S3Backend(options),
+    }
+
+
+@contextmanager
+def _timed() -> Iterator[list[Timing]]:
+    result: list[Timing] = []
+    wall_s, cpu_s = time.perf_counter(), time.process_time()
+    yield result
+    result.append(Timing(time.perf_counter() - wall_s, time.process_time() - cpu_s))
+
+
+def _print_table(rows: list[dict[str, str | float]]) -> None:
+    say(f"{'backend':<12}{'codec':<8}{'save GB/s':>10}{'CPU s/GB':>10}{'load GB/s':>11}{'CPU s/GB':>10}")
+    for row in rows:
+        say(
+            f"{row['backend']:<12}{row['codec']:<8}{row['save_gbps']:>10}{row['save_cpu_s_per_gb']:>10}"
+            f"{row['load_gbps']:>11}{row['load_cpu_s_per_gb']:>10}"
+        )
+
+
+if __name__ == "__main__":
+    main()
