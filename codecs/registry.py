@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 from kvstore.codecs.contract import ByteCodec
@@ -9,6 +10,7 @@ from kvstore.codecs.zstd import ZstdCodec
 from kvstore.errors import MisconfiguredError, MissError, MissReason
 
 RAW = "none"
+_LEVEL = re.compile(r"-?[0-9]{1,10}\Z")
 _ENCODERS: dict[str, Callable[[int | None], ByteCodec]] = {"zstd": ZstdCodec}
 _DECODERS: dict[str, ByteCodec] = {name: make(None) for name, make in _ENCODERS.items()}
 
@@ -22,7 +24,7 @@ def parse_codec(text: str) -> ByteCodec | None:
         return None
     name, colon, level = text.partition(":")
     make = _ENCODERS.get(name)
-    if make is None or (colon and not level.lstrip("-").isdecimal()):
+    if make is None or (colon and not _LEVEL.match(level)):
         known = ", ".join([RAW, *(f"{known}[:LEVEL]" for known in sorted(_ENCODERS))])
         raise MisconfiguredError(f"codec {text!r} is unknown; known: {known}")
     return make(int(level) if colon else None)

@@ -9,15 +9,18 @@ import zstandard
 from kvstore.errors import MisconfiguredError, MissError, MissReason
 
 LEVEL_DEFAULT = 1
-# Window of the largest frame a decoder accepts: bounds its memory whatever the data claims.
-WINDOW_BYTES_MAX = 1 << 27
+_WINDOW_BYTES_MIN = 1 << 10
 
 
 class _Contexts(threading.local):
-    """A (de)compressor belongs to one thread at a time and is costly to make."""
+    """A (de)compressor belongs to one thread at a time and is costly to make.
+
+    window_bytes  the largest window that `decompressor` accepts
+    """
 
     compressor: zstandard.ZstdCompressor | None = None
     decompressor: zstandard.ZstdDecompressor | None = None
+    window_bytes: int = 0
 
 
 class ZstdCodec:
@@ -35,6 +38,8 @@ class ZstdCodec:
 
     def encode(self, host: memoryview, out: memoryview) -> int | None:
         """See ByteCodec.encode."""
+        if not host or not out:
+            return None
         with self._compressor().stream_reader(host, size=len(host)) as reader:
             written = _fill(reader, out)
             fits = written < len(out) or not reader.read(1)
@@ -43,7 +48,7 @@ class ZstdCodec:
     def decode(self, stored: memoryview, out: memoryview) -> None:
         """See ByteCodec.decode."""
         try:
-            with self._decompressor().stream_reader(stored) as reader:
+            with self._decompressor(len(out)).stream_reader(stored) as reader:
                 written = _fill(reader, out)
                 surplus = reader.read(1)
         except zstandard.ZstdError as error:
@@ -58,13 +63,19 @@ class ZstdCodec:
             self._threads.compressor = zstandard.ZstdCompressor(level=self._level)
         return self._threads.compressor
 
-    def _decompressor(self) -> zstandard.ZstdDecompressor:
-        if self._threads.decompressor is None:
-            self._threads.decompressor = zstandard.ZstdDecompressor(max_window_size=WINDOW_BYTES_MAX)
+    def _decompressor(self, host_bytes: int) -> zstandard.ZstdDecompressor:
+        # No honest frame has a larger window than what it decodes to; a decoder allocates one as
+        # large as the frame claims.
+        window_bytes = max(_WINDOW_BYTES_MIN, 1 << (host_bytes - 1).bit_length())
+        if self._threads.decompressor is None or self._threads.window_bytes != window_bytes:
+            self._threads.decompressor = zstandard.ZstdDecompressor(max_window_size=window_bytes)
+            self._threads.window_bytes = window_bytes
         return self._threads.decompressor
 
 
-def _fill(reader: zstandard.ZstdCompressionReader | zstandard.ZstdDecompressionReader, out: memoryview) -> int:
+def _fill(
+    reader: zstandard.ZstdCompressionReader | zstandard.ZstdDecompressionReader, out: memoryview
+) -> int:
     done = 0
     while done < len(out):
         step = reader.readinto(out[done:])

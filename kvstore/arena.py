@@ -13,6 +13,11 @@ from kvstore.errors import MisconfiguredError
 PAGE_BYTES = 4096
 
 
+def whole_pages(length: int) -> int:
+    """`length` bytes rounded up to whole pages of memory, as a slot takes them."""
+    return -(-length // PAGE_BYTES) * PAGE_BYTES
+
+
 class Slot:
     """One slot of an arena, held by whoever has a reference.
 
@@ -54,7 +59,7 @@ class Arena:
     def __init__(self, slot_bytes: int, slots: int, *, evict: Callable[[], bool] = lambda: False) -> None:
         if slots < 1 or slot_bytes < 1:
             raise MisconfiguredError(f"an arena of {slots} slots of {slot_bytes} bytes holds nothing")
-        self.slot_bytes = -(-slot_bytes // PAGE_BYTES) * PAGE_BYTES
+        self.slot_bytes = whole_pages(slot_bytes)
         self._evict = evict
         self._lock = threading.Lock()
         # Pages are touched first when a slot is first used; the last slot freed is the next one

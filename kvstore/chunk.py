@@ -22,6 +22,7 @@ from kvstore.layout import (
     LAYERS_MAX,
     PREAMBLE_BYTES,
     SECTION_ALIGN_MAX,
+    SECTION_BYTES_MAX,
     ChunkForm,
     Shard,
     stored_header_bytes,
@@ -39,7 +40,7 @@ _CHECKSUM_AT = _PREAMBLE.size
 _HASH_BYTES = 32
 _CODECS_MAX = 4
 _CODEC_NAME_BYTES_MAX = 64
-_SECTION_BYTES_MAX = (1 << 32) - 1
+_SECTION = struct.Struct("<IIB16s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +114,7 @@ def encode_header(header: ChunkHeader) -> bytes:
         "codecs": list(header.codecs),
         "writer": header.writer,
         "created_s": header.created_s,
-        "sections": [[s.stored_bytes, s.host_bytes, s.codec, s.checksum] for s in header.sections],
+        "sections": b"".join(_pack_section(section) for section in header.sections),
     }
     packed = msgpack.packb(fields)
     region = bytearray(stored_header_bytes(len(header.sections)))
@@ -192,16 +193,24 @@ def _unpack(packed: memoryview) -> Mapping[str, object]:
         fields = msgpack.unpackb(
             packed,
             strict_map_key=True,
+            object_pairs_hook=_unique,
             max_str_len=_CODEC_NAME_BYTES_MAX,
-            max_bin_len=_HASH_BYTES,
-            max_array_len=LAYERS_MAX,
-            max_map_len=16,
+            max_bin_len=LAYERS_MAX * _SECTION.size,
+            max_array_len=_CODECS_MAX,
+            max_map_len=len(_FIELD_NAMES),
             max_ext_len=0,
         )
     except (ValueError, msgpack.UnpackException) as error:
         raise MissError(MissReason.BAD_HEADER, f"the header is not msgpack: {type(error).__name__}") from None
     if not isinstance(fields, dict):
         raise MissError(MissReason.BAD_HEADER, "the header is not a map")
+    return fields
+
+
+def _unique(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise MissError(MissReason.BAD_HEADER, "a field of the header stands there twice")
     return fields
 
 
@@ -222,9 +231,7 @@ def _parse(fields: Mapping[str, object]) -> ChunkHeader:
         codecs=codecs,
         writer=read.binary("writer", WRITER_BYTES),
         created_s=read.integer("created_s", (1 << 63) - 1),
-        sections=tuple(
-            _section(row, len(codecs)) for row in read.array("sections", range(1, LAYERS_MAX + 1))
-        ),
+        sections=read.sections("sections", len(codecs)),
     )
     if len(fields) != len(_FIELD_NAMES) or align & (align - 1) or not align:
         raise MissError(MissReason.BAD_HEADER, "the header has unknown fields or a bad alignment")
@@ -252,7 +259,7 @@ class _Fields:
     def __init__(self, fields: Mapping[str, object]) -> None:
         self._fields = fields
 
-    def integer(self, name: str, most: int = _SECTION_BYTES_MAX) -> int:
+    def integer(self, name: str, most: int = SECTION_BYTES_MAX) -> int:
         return _integer(self._fields.get(name), name, most)
 
     def binary(self, name: str, length: int) -> bytes:
@@ -264,6 +271,12 @@ class _Fields:
             raise _bad(name)
         return value
 
+    def sections(self, name: str, codecs: int) -> tuple[SectionEntry, ...]:
+        rows = self._fields.get(name)
+        if not isinstance(rows, bytes) or not rows or len(rows) % _SECTION.size:
+            raise _bad(name)
+        return tuple(_section(row, codecs) for row in _SECTION.iter_unpack(rows))
+
     @staticmethod
     def text(value: object) -> str:
         if not isinstance(value, str):
@@ -271,7 +284,7 @@ class _Fields:
         return value
 
 
-def _integer(value: object, name: str, most: int = _SECTION_BYTES_MAX) -> int:
+def _integer(value: object, name: str, most: int = SECTION_BYTES_MAX) -> int:
     if type(value) is not int or not 0 <= value <= most:
         raise _bad(name)
     return value
@@ -289,15 +302,16 @@ def _shard(start: int, stop: int) -> Shard:
     return Shard(start, stop)
 
 
-def _section(row: object, codecs: int) -> SectionEntry:
-    if not isinstance(row, list) or len(row) != len(SectionEntry.__slots__):
+def _pack_section(section: SectionEntry) -> bytes:
+    return _SECTION.pack(section.stored_bytes, section.host_bytes, section.codec, section.checksum)
+
+
+def _section(row: tuple[int, int, int, bytes], codecs: int) -> SectionEntry:
+    stored_bytes, host_bytes, codec, _ = row
+    as_is = codec == AS_IS
+    if not 0 < stored_bytes <= host_bytes or codec > codecs or (as_is and stored_bytes != host_bytes):
         raise _bad("sections")
-    host_bytes = _integer(row[1], "sections")
-    stored_bytes = _integer(row[0], "sections", host_bytes)
-    codec = _integer(row[2], "sections", codecs)
-    if codec == AS_IS and stored_bytes != host_bytes:
-        raise _bad("sections")
-    return SectionEntry(stored_bytes, host_bytes, codec, _binary(row[3], "sections", CHECKSUM_BYTES))
+    return SectionEntry(*row)
 
 
 def _bad(name: str) -> MissError:

@@ -23,7 +23,8 @@ from kvstore.namespace import Namespace
 FORMAT_FOLDER = "v1"
 _ROOT_TAG = b"kvstore.prefix.v1"
 _OBJECT_NAME = re.compile(
-    r"(?P<namespace>[0-9a-f]{16})/(?P<fan>[0-9a-f]{2})/(?P<hash>[0-9a-f]{64})\.(?P<start>\d+)-(?P<stop>\d+)\Z"
+    r"(?P<namespace>[0-9a-f]{16})/(?P<fan>[0-9a-f]{2})/(?P<hash>[0-9a-f]{64})"
+    r"\.(?P<start>0|[1-9][0-9]{0,9})-(?P<stop>[1-9][0-9]{0,9})\Z"
 )
 
 
@@ -64,12 +65,12 @@ class PrefixChain:
         extra_keys   for chunk i, what its KV depends on besides tokens (ids of multimodal
                      inputs, ...); chunks past the end of the sequence have none
 
-        Raises MisconfiguredError for a token id outside 0 .. 2**32-1.
+        Raises MisconfiguredError for a token id outside 0 .. 2**32-1 or a salt that is no text.
         """
         step = namespace.layout.chunk_tokens
         count = len(tokens) // step
         data = _little_endian_u32(tokens[: count * step])
-        parent = _digest((_ROOT_TAG, namespace.digest, tenant_salt.encode()))
+        parent = _digest((_ROOT_TAG, namespace.digest, _salt_bytes(tenant_salt)))
         keys = []
         for depth in range(count):
             extra = extra_keys[depth] if depth < len(extra_keys) else ()
@@ -95,9 +96,18 @@ def _digest(fields: Iterable[bytes]) -> bytes:
     return digest.digest()
 
 
+def _salt_bytes(tenant_salt: str) -> bytes:
+    try:
+        return tenant_salt.encode()
+    except UnicodeEncodeError:
+        # Not chained: the original error shows the salt.
+        raise MisconfiguredError("the tenant salt is not valid Unicode text; use another one") from None
+
+
 def _little_endian_u32(tokens: Sequence[int]) -> bytes:
     try:
-        ids = array("I", tokens)
+        # array() would take a byte string for the machine's own form of an array.
+        ids = array("I", list(tokens) if isinstance(tokens, bytes | bytearray) else tokens)
     except (OverflowError, TypeError):
         raise MisconfiguredError("a token id is not a whole number from 0 to 2**32-1") from None
     if sys.byteorder == "big":

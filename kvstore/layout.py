@@ -16,6 +16,7 @@ PREAMBLE_BYTES = 32
 HEADER_FIXED_BYTES_MAX = 1024
 HEADER_SECTION_BYTES_MAX = 32
 LAYERS_MAX = 4096
+SECTION_BYTES_MAX = (1 << 32) - 1
 CHUNK_TOKENS_MAX = 1 << 20
 OPAQUE = "opaque:"
 
@@ -80,9 +81,9 @@ class KVLayout:
     page_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("layers", "kv_heads", "head_dim", "page_tokens", "chunk_tokens"):
+        for name in ("layers", "kv_heads", "head_dim", "value_dim", "page_tokens", "chunk_tokens"):
             value = getattr(self, name)
-            if value < 1:
+            if value is not None and value < 1:
                 raise MisconfiguredError(f"layout {name}={value}: needs a number of 1 or more")
         if self.layers > LAYERS_MAX:
             raise MisconfiguredError(f"layout layers={self.layers}: the format takes at most {LAYERS_MAX}")
@@ -176,6 +177,11 @@ class ChunkForm:
         if self.shard.stop > self.layout.kv_heads:
             raise MisconfiguredError(
                 f"shard {self.shard} reaches past the layout's {self.layout.kv_heads} kv heads"
+            )
+        if self.section_bytes > SECTION_BYTES_MAX:
+            raise MisconfiguredError(
+                f"one layer of a chunk takes {self.section_bytes} bytes, the format at most "
+                f"{SECTION_BYTES_MAX}; set KVSTORE_CHUNK_TOKENS below {self.layout.chunk_tokens}"
             )
 
     @property

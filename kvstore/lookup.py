@@ -15,7 +15,7 @@ from kvstore.layout import Shard
 from kvstore.memory_tier import MemoryTier
 from kvstore.metrics import Metrics
 from kvstore.presence import Presence
-from kvstore.warn import WarnRarely
+from kvstore.warn import BACKEND_TROUBLE, WarnRarely
 
 PROBES_PER_ROUND = 16
 
@@ -73,6 +73,9 @@ class Lookups:
         except KVStoreError as error:
             miss = MissReason.UNREACHABLE
             self._fail(miss, f"cannot be asked: {error}")
+        except Exception as error:
+            miss = MissReason.INTERNAL_ERROR
+            self._fail(miss, f"cannot be asked because of a defect: {error!r}")
         by_tier = {"memory": in_memory, "backend": found - in_memory}
         for tier, chunks in by_tier.items():
             self.metrics.lookup_chunks.labels(tier).inc(chunks)
@@ -84,8 +87,7 @@ class Lookups:
         note(low)
         while low < high:
             points = probe_points(low, high)
-            present = await asyncio.gather(*(self._exists(keys[i]) for i in points))
-            answers = list(zip(points, present, strict=True))
+            answers = await self._ask(keys, points)
             low, high = narrow(low, high, answers)
             self.presence.note([keys[i] for i, here in answers if not here], present=False)
             self.presence.note(keys[: narrow(0, high, answers)[0]], present=True)
@@ -102,9 +104,17 @@ class Lookups:
                 return low, index
         return low, len(keys)
 
+    async def _ask(self, keys: Sequence[ChunkKey], points: Sequence[int]) -> list[tuple[int, bool]]:
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                asked = [tasks.create_task(self._exists(keys[i])) for i in points]
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        return [(i, task.result()) for i, task in zip(points, asked, strict=True)]
+
     async def _exists(self, key: ChunkKey) -> bool:
         return await self.backend.head(object_name(self.prefix, key, self.shard)) is not None
 
     def _fail(self, reason: MissReason, what: str) -> None:
         self.metrics.lookup_failures.labels(reason.value).inc()
-        self.warn("lookup", f"{self.backend.location} {what}; what it holds counts as missed")
+        self.warn(BACKEND_TROUBLE, f"{self.backend.location} {what}; what it holds counts as missed")

@@ -6,12 +6,14 @@ import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from kvstore.errors import MisconfiguredError
-from kvstore.layout import KVLayout
+from kvstore.layout import DType, KVLayout
 
 FORMAT_VERSION = 1
 LOSSLESS = "lossless"
+_LAYOUT_TEXTS = ("dtype", "page_form")
 _DIGEST_TAG = b"kvstore.namespace.v1\0"
 
 
@@ -36,11 +38,17 @@ class Namespace:
 
     def __post_init__(self) -> None:
         for name in ("model", "weights_revision", "attention", "fidelity"):
-            if not getattr(self, name).strip():
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value.strip():
                 raise MisconfiguredError(
-                    f"namespace {name} is empty: without it another model's KV could be served; "
+                    f"namespace {name}={value!r}: without it another model's KV could be served; "
                     f"pass the {name.replace('_', ' ')} in use"
                 )
+        for name in ("model", "weights_revision", "attention", "lora", "fidelity"):
+            try:
+                getattr(self, name).encode()
+            except UnicodeEncodeError:
+                raise MisconfiguredError(f"namespace {name} is not valid Unicode text") from None
 
     def describe(self) -> dict[str, object]:
         """The namespace in plain words, as written to namespace.json."""
@@ -59,6 +67,19 @@ class Namespace:
         text = json.dumps(self.describe(), sort_keys=True, indent=1, ensure_ascii=False)
         return text.encode() + b"\n"
 
+    @classmethod
+    def from_document(cls, document: bytes) -> Namespace | None:
+        """The namespace that `document` describes; None unless `document()` would give just these bytes.
+
+        page_tokens comes back as the whole chunk where the document does not say it.
+        """
+        try:
+            found = cls(**_fields_of(document))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, MisconfiguredError):
+            # The bytes are anybody's; there are many ways not to be a namespace.
+            return None
+        return found if found.document() == document else None
+
     @cached_property
     def digest(self) -> bytes:
         """SHA-256 (32 bytes) of the canonical document."""
@@ -68,3 +89,17 @@ class Namespace:
     def name(self) -> str:
         """The first 16 hex digits of the digest, as they stand in object names."""
         return self.digest.hex()[:16]
+
+
+def _fields_of(document: bytes) -> dict[str, Any]:
+    fields = json.loads(document)
+    if fields.pop("format_version") != FORMAT_VERSION:
+        raise ValueError("another format version")
+    layout = fields.pop("layout")
+    if not all(type(value) is (str if name in _LAYOUT_TEXTS else int) for name, value in layout.items()):
+        raise TypeError("a field of the layout has another type")
+    if not all(isinstance(value, str) for value in fields.values()):
+        raise TypeError("a field has another type")
+    layout["dtype"] = DType(layout["dtype"])
+    layout.setdefault("page_tokens", layout["chunk_tokens"])
+    return {**fields, "layout": KVLayout(**layout)}

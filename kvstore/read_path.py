@@ -19,7 +19,7 @@ from kvstore.memory_tier import MemoryTier
 from kvstore.metrics import Metrics
 from kvstore.pages import PageSink
 from kvstore.presence import Presence
-from kvstore.warn import WarnRarely
+from kvstore.warn import BACKEND_TROUBLE, WarnRarely
 
 _log = logging.getLogger("kvstore.read_path")
 
@@ -74,7 +74,9 @@ class ChunkLoad:
                 await self._run()
         except TimeoutError:
             why = MissReason.TIMEOUT
-            self._path.warn("load timeout", f"a load was not done within {timeout_s:g} s; the rest is a miss")
+            self._path.warn(
+                BACKEND_TROUBLE, f"a load was not done within {timeout_s:g} s; the rest is a miss"
+            )
         except asyncio.CancelledError:
             why = MissReason.CANCELLED
         except Exception:
@@ -182,7 +184,8 @@ class ChunkLoad:
         self._fail(index, reason)
         self._path.presence.note_miss(self._keys[index], reason)
         if reason is not MissReason.ABSENT:
-            self._path.warn(f"miss {reason}", f"chunk {self._keys[index]} is a miss ({reason}): {error}")
+            topic = BACKEND_TROUBLE if reason is MissReason.UNREACHABLE else f"miss {reason}"
+            self._path.warn(topic, f"chunk {self._keys[index]} is a miss ({reason}): {error}")
         for later, task in self._tasks.items():
             if later > index:
                 task.cancel()

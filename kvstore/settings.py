@@ -15,7 +15,6 @@ from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, SecretStr
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
-    InitSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
 )
@@ -46,6 +45,14 @@ def _check_codec(value: str) -> str:
         parse_codec(value)
     except MisconfiguredError as error:
         raise ValueError(str(error)) from None
+    return value
+
+
+def _check_salt(value: SecretStr) -> SecretStr:
+    try:
+        value.get_secret_value().encode()
+    except UnicodeEncodeError:
+        raise ValueError("is not valid Unicode text") from None
     return value
 
 
@@ -96,7 +103,7 @@ class Settings(BaseSettings):
     chunk_tokens: Annotated[int, BeforeValidator(_no_bool), Field(ge=1, le=1 << 20)] = Field(
         256, description="tokens of one stored chunk, a whole number of the engine's pages"
     )
-    tenant_salt: SecretStr = Field(
+    tenant_salt: Annotated[SecretStr, AfterValidator(_check_salt)] = Field(
         SecretStr(""), description="a secret text; tenants with different salts never share chunks"
     )
     lookup_timeout_s: Seconds = Field(1.0, description="seconds a lookup may take before it answers 'miss'")
@@ -143,10 +150,15 @@ def resolve_settings(flags: Mapping[str, Any] | None = None) -> ResolvedSettings
     _warn_of_unknown_variables()
     path = os.environ.get(CONFIG_VARIABLE, "")
     layers = [
-        ("flag", InitSettingsSource(Settings, dict(flags or {}))()),
+        ("flag", dict(flags or {})),
         ("environment", EnvSettingsSource(Settings)()),
         (f"file {path}", _read_file(path) if path else {}),
     ]
+    for origin, layer in layers:
+        unknown = sorted(layer.keys() - Settings.model_fields.keys())
+        if unknown:
+            known = ", ".join(Settings.model_fields)
+            raise MisconfiguredError(f"{unknown[0]!r} in the {origin} is no setting; known: {known}")
     values: dict[str, Any] = {}
     origins = dict.fromkeys(Settings.model_fields, "default")
     for origin, layer in layers:
@@ -193,11 +205,7 @@ def _explain(error: ValidationError, origins: Mapping[str, str]) -> str:
     lines = []
     for problem in error.errors():
         name = str(problem["loc"][0])
-        field = Settings.model_fields.get(name)
-        if field is None:
-            origin = origins.get(name, "flag")
-            lines.append(f"{name!r} in the {origin} is no setting; known: {', '.join(Settings.model_fields)}")
-            continue
+        field = Settings.model_fields[name]
         secret = field.annotation is SecretStr
         value = "****" if secret else repr(problem["input"])
         reason = problem["msg"].removeprefix("Value error, ")

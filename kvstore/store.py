@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
-from kvstore.arena import Arena, Slot
+from kvstore.arena import Arena, Slot, whole_pages
 from kvstore.backends.contract import Backend
 from kvstore.backends.metered import MeteredBackend
 from kvstore.backends.opening import open_backend
@@ -31,7 +31,7 @@ from kvstore.plan import FetchLimits
 from kvstore.presence import Presence
 from kvstore.read_path import ChunkLoad, ReadPath
 from kvstore.settings import Settings, load_settings
-from kvstore.warn import WarnRarely
+from kvstore.warn import BACKEND_TROUBLE, WarnRarely
 from kvstore.write_behind import UploadLimits, WriteBehind
 
 __all__ = ["Durability", "KVStore"]
@@ -69,19 +69,13 @@ class KVStore:
         return cls(form, settings, backend or open_backend(settings))
 
     def __init__(self, form: ChunkForm, settings: Settings, backend: Backend) -> None:
-        slots = settings.memory_bytes // form.raw_bytes
-        if slots < SLOTS_MIN:
-            raise MisconfiguredError(
-                f"KVSTORE_MEMORY_BYTES={settings.memory_bytes} holds {slots} chunks of {form.raw_bytes} bytes"
-                f"; set it to {SLOTS_MIN * form.raw_bytes} or more, or KVSTORE_CHUNK_TOKENS to fewer tokens"
-            )
+        self._memory = _memory_tier(form, settings)
         self.form = form
         self.metrics = Metrics()
         self._settings = settings
         self._warn = WarnRarely(_log)
         self._loop = EventLoopThread(workers=min(8, (os.cpu_count() or 1) + 2))
         self._backend = MeteredBackend(backend, self.metrics)
-        self._memory = MemoryTier(form.raw_bytes, slots)
         self._presence = Presence(settings.presence_ttl_s)
         self._lookups = Lookups(
             backend=self._backend,
@@ -257,7 +251,9 @@ class KVStore:
         try:
             await self._backend.clock_s()
         except KVStoreError as error:
-            self._warn("connect", f"{self._backend.location} cannot be used, engines compute cold: {error}")
+            self._warn(
+                BACKEND_TROUBLE, f"{self._backend.location} cannot be used, engines compute cold: {error}"
+            )
 
     def _save_chunk(
         self, chain: PrefixChain, index: int, source: PageSource, handle: SaveHandle
@@ -306,6 +302,27 @@ class KVStore:
         if padding:
             for start in starts:
                 slot.memory[start + form.section_bytes : start + form.stride] = padding
+
+
+def _memory_tier(form: ChunkForm, settings: Settings) -> MemoryTier:
+    slot_bytes = whole_pages(form.raw_bytes)
+    slots = settings.memory_bytes // slot_bytes
+    if slots < SLOTS_MIN:
+        raise MisconfiguredError(
+            f"KVSTORE_MEMORY_BYTES={settings.memory_bytes} holds {slots} chunks of {slot_bytes} bytes; "
+            f"set it to {SLOTS_MIN * slot_bytes} or more, or KVSTORE_CHUNK_TOKENS to fewer tokens"
+        )
+    if settings.upload_queue_bytes < form.raw_bytes:
+        raise MisconfiguredError(
+            f"KVSTORE_UPLOAD_QUEUE_BYTES={settings.upload_queue_bytes} holds no chunk of {form.raw_bytes} "
+            "bytes, so nothing would ever be saved; set it to that or more"
+        )
+    try:
+        return MemoryTier(slot_bytes, slots)
+    except (OSError, OverflowError) as error:
+        raise MisconfiguredError(
+            f"KVSTORE_MEMORY_BYTES={settings.memory_bytes} cannot be had: {error}; set it to less"
+        ) from None
 
 
 def _check_span(span: range, chain: PrefixChain) -> None:

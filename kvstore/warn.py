@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 
 INTERVAL_S = 60.0
+# One topic for all that a backend out of reach does to lookups, loads and uploads.
+BACKEND_TROUBLE = "backend trouble"
 
 
 class WarnRarely:

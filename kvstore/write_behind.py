@@ -21,7 +21,7 @@ from kvstore.metrics import Metrics
 from kvstore.namespace import Namespace
 from kvstore.presence import Presence
 from kvstore.retries import retrying
-from kvstore.warn import WarnRarely
+from kvstore.warn import BACKEND_TROUBLE, WarnRarely
 
 _log = logging.getLogger("kvstore.write_behind")
 
@@ -104,10 +104,11 @@ class WriteBehind:
                 outcome = await self._store(namespace, key, slot)
         except TimeoutError:
             self._warn(
-                "upload", f"chunk {key} was not stored within {self._limits.timeout_s:g} s and is dropped"
+                BACKEND_TROUBLE,
+                f"chunk {key} was not stored within {self._limits.timeout_s:g} s and is dropped",
             )
         except KVStoreError as error:
-            self._warn("upload", f"chunk {key} could not be stored and is dropped: {error}")
+            self._warn(BACKEND_TROUBLE, f"chunk {key} could not be stored and is dropped: {error}")
         except Exception:
             _log.exception("chunk %s could not be stored because of a defect", key)
         self._metrics.saved_chunks.labels(outcome.value).inc()

@@ -5,20 +5,30 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from pydantic import SecretStr
+from pydantic import ByteSize, SecretStr
 
 from kvstore.backends.opening import is_s3
-from kvstore.cli.credentials import HOW_TO_PROVIDE, find_credentials, variables_in_use, without_user
+from kvstore.cli.credentials import (
+    HOW_TO_PROVIDE,
+    find_credentials,
+    variables_in_use,
+)
 from kvstore.cli.exits import ExitCode
 from kvstore.cli.options import Call
-from kvstore.cli.output import Column
+from kvstore.cli.output import Column, size_text, without_user
 from kvstore.errors import MisconfiguredError
 from kvstore.settings import CONFIG_VARIABLE, ResolvedSettings, Settings, resolve_settings, variable
 
 _MASK = "****"
+
+
+def _value_text(value: object) -> str:
+    return f"{int(value)} ({size_text(value)})" if isinstance(value, ByteSize) else str(value)
+
+
 _SETTINGS = (
     Column("variable", "setting"),
-    Column("value", "value"),
+    Column("value", "value", _value_text),
     Column("origin", "origin"),
     Column("takes", "takes"),
 )
@@ -28,9 +38,9 @@ _ENVIRONMENT = (Column("variable", "also in use"), Column("value", "value"))
 def show_config(call: Call) -> ExitCode:
     """Print settings and what else of the environment decides where requests go."""
     resolved = resolve_settings(call.flags)
-    call.output.table("setting", "", _SETTINGS, _setting_rows(resolved))
+    call.output.table("setting", _SETTINGS, _setting_rows(resolved))
     rows = [{"variable": name, "value": value} for name, value in _environment(resolved.settings).items()]
-    call.output.table("environment", "", _ENVIRONMENT, rows)
+    call.output.table("environment", _ENVIRONMENT, rows)
     return ExitCode.OK
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from kvstore.cli.output import without_user
 from kvstore.errors import MisconfiguredError
 
 # Those of the standard variables that change where requests go and who signs them, and hold no secret.
@@ -23,7 +23,6 @@ AWS_VARIABLES = (
 HOW_TO_PROVIDE = (
     "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give this machine a role"
 )
-_USER_INFO = re.compile(r"(?<=://)[^/?#]*@")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +56,3 @@ def find_credentials(*, refresh: bool) -> FoundCredentials:
 def variables_in_use(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Those of `AWS_VARIABLES` that are set."""
     return {name: without_user(environment[name]) for name in AWS_VARIABLES if environment.get(name)}
-
-
-def without_user(text: str) -> str:
-    """`text` with user and password masked in every URL."""
-    return _USER_INFO.sub("****@", text)

@@ -7,11 +7,10 @@ from collections import Counter
 
 from kvstore.backends.opening import open_backend
 from kvstore.cli.checks import CHECKS
-from kvstore.cli.credentials import without_user
 from kvstore.cli.examination import Examination, Outcome, Site, Status, passed, refused
 from kvstore.cli.exits import ExitCode
 from kvstore.cli.options import Call
-from kvstore.cli.output import Output, printable
+from kvstore.cli.output import Output, printable, without_user
 from kvstore.errors import MisconfiguredError
 from kvstore.settings import ResolvedSettings, resolve_settings
 
@@ -37,9 +36,11 @@ class Report:
         self._output.record("check", row | dict(outcome.values))
         lines = [printable(line) for line in outcome.detail.splitlines()]
         head = f"{outcome.status.upper():<5} {title:<{_TITLE_CHARACTERS}} "
-        self._output.line(head + ("\n" + " " * len(head)).join(lines), _STYLES[outcome.status])
+        margin = " " * len(head)
+        for index, line in enumerate(lines):
+            self._output.line((margin if index else head) + line, _STYLES[outcome.status], len(head))
         if outcome.fix:
-            self._output.line(" " * len(head) + "fix: " + printable(outcome.fix))
+            self._output.line(f"{margin}fix: {printable(outcome.fix)}", indent=len(head))
 
     def close(self) -> ExitCode:
         """Print the totals; how the command ends."""

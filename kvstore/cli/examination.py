@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from kvstore.backends.contract import ABSENT, Backend, Buffer, PutResult
 from kvstore.cli.exits import ExitCode, exit_code_of
+from kvstore.cli.output import without_user
 from kvstore.errors import KVStoreError, MisconfiguredError
 from kvstore.settings import Settings
 
@@ -62,8 +63,10 @@ def warned(detail: str, fix: str, **values: object) -> Outcome:
 
 
 def refused(error: KVStoreError) -> Outcome:
-    """The store or the configuration refuses; the error's message names the fix."""
-    return Outcome(Status.FAIL, str(error), exit_code=exit_code_of(error))
+    """The store or the configuration refuses; messages of errors end with the fix."""
+    text = without_user(str(error))
+    detail, _, fix = (text, "", "") if "\n" in text else text.partition("; ")
+    return Outcome(Status.FAIL, detail, fix, exit_code_of(error))
 
 
 class Site:
@@ -141,17 +144,17 @@ class Examination:
     def __init__(self, site: Site, timeout_s: float) -> None:
         self._site = site
         self._timeout_s = timeout_s
-        self._broken: set[str] = set()
+        self._broken: dict[str, str] = {}
 
     async def run(self, check: Check) -> Outcome:
         """How `check` ended; never raises but for cancellation."""
-        missing = [name for name in check.needs if name in self._broken]
-        if missing:
-            self._broken.add(check.name)
-            return Outcome(Status.SKIP, f"not tried: needs {missing[0]}, which failed")
+        causes = [self._broken[name] for name in check.needs if name in self._broken]
+        if causes:
+            self._broken[check.name] = causes[0]
+            return Outcome(Status.SKIP, f"not tried, because this failed: {causes[0]}")
         outcome = await self._attempt(check)
         if outcome.status is Status.FAIL:
-            self._broken.add(check.name)
+            self._broken[check.name] = check.title
         return outcome
 
     async def _attempt(self, check: Check) -> Outcome:
@@ -167,7 +170,7 @@ class Examination:
                 "check KVSTORE_ENDPOINT_URL, the network and any proxy between",
                 ExitCode.UNREACHABLE,
             )
-        except Exception as error:  # noqa: BLE001 a bug below must not hide what the other checks find
+        except Exception as error:
             return failed(f"{type(error).__name__}: {error}", "this is a defect of kvstore; please report it")
 
 
@@ -179,7 +182,7 @@ async def in_daemon_thread(work: Callable[[], _Found]) -> _Found:
     def target() -> None:
         try:
             future.set_result(work())
-        except Exception as error:  # noqa: BLE001 handed to the caller, who awaits it
+        except Exception as error:
             future.set_exception(error)
 
     threading.Thread(target=target, name="kvstore-doctor", daemon=True).start()

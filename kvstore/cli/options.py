@@ -11,7 +11,7 @@ from typing import Annotated, Any, Concatenate, ParamSpec
 import typer
 
 from kvstore.cli.exits import ExitCode, exit_code_of
-from kvstore.cli.output import Output, printable
+from kvstore.cli.output import Output, printable, without_user
 from kvstore.errors import KVStoreError
 
 _Own = ParamSpec("_Own")
@@ -40,8 +40,6 @@ def node_command(body: Callable[Concatenate[Call, _Own], ExitCode]) -> Callable[
         except KVStoreError as error:
             code = exit_code_of(error)
             _complain(error)
-        except KeyboardInterrupt:
-            code = ExitCode.INTERRUPTED
         raise typer.Exit(code)
 
     own = list(inspect.signature(body, eval_str=True).parameters.values())[1:]
@@ -51,7 +49,7 @@ def node_command(body: Callable[Concatenate[Call, _Own], ExitCode]) -> Callable[
     return command
 
 
-def _flags(
+def _flags(  # noqa: PLR0917 called by name alone
     bucket: Annotated[
         str | None,
         typer.Option(metavar="BUCKET", help="S3 bucket, file:///folder or memory://", rich_help_panel=_PANEL),
@@ -90,5 +88,5 @@ _COMMON = inspect.signature(_flags, eval_str=True).parameters
 
 
 def _complain(error: KVStoreError) -> None:
-    lines = [printable(line) for line in str(error).splitlines()]
+    lines = [printable(line) for line in without_user(str(error)).splitlines()]
     sys.stderr.write("kvstore: " + "\n  ".join(lines) + "\n")

@@ -7,8 +7,11 @@ control character.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -20,7 +23,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 CELL_CHARACTERS_MAX = 1024
-_KIB = 1024
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+_USER_INFO = re.compile(r"(?<=://)[^/?#\s]*@")
 # Wide enough that no line of a redirected listing is folded.
 _REDIRECTED_WIDTH = 100_000
 
@@ -33,16 +37,16 @@ def printable(value: object) -> str:
     return safe if kept == text else safe + "..."
 
 
+def without_user(text: str) -> str:
+    """`text` with user and password masked in every URL."""
+    return _USER_INFO.sub("****@", text)
+
+
 def size_text(size_bytes: object) -> str:
     """Bytes as people read them, such as 1.5 MiB."""
-    size = float(str(size_bytes))
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if size < _KIB:
-            break
-        size /= _KIB
-    else:
-        unit = "PiB"
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+    size = int(str(size_bytes))
+    power = min((max(size, 1).bit_length() - 1) // 10, len(_UNITS) - 1)
+    return f"{size / (1 << 10 * power):.{1 if power else 0}f} {_UNITS[power]}"
 
 
 def time_text(since_1970_s: object) -> str:
@@ -63,9 +67,13 @@ class Column:
 
     field: str
     title: str
-    show: Callable[[object], str] = printable
+    show: Callable[[object], str] = str
     right: bool = False
     width: int = 0
+
+    def cell(self, row: Mapping[str, object]) -> str:
+        """The cell of `row`, safe to print."""
+        return printable(self.show(row[self.field]))
 
 
 class Output:
@@ -74,50 +82,61 @@ class Output:
     def __init__(self, *, as_json: bool) -> None:
         self.as_json = as_json
         # A model's name may hold letters that the terminal's encoding lacks.
-        if hasattr(sys.stdout, "reconfigure"):
+        if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")
 
     def record(self, kind: str, row: Mapping[str, object]) -> None:
         """One line of JSON; nothing for people."""
         if self.as_json:
             # ASCII only, so that bidirectional overrides and the like stay escaped, too.
-            text = json.dumps({"kind": kind, **row}, ensure_ascii=True, allow_nan=False)
-            sys.stdout.write(text.replace("\x7f", "\\u007f") + "\n")
+            sys.stdout.write(json.dumps({"kind": kind, **row}, ensure_ascii=True, allow_nan=False) + "\n")
             sys.stdout.flush()
 
-    def line(self, text: str, style: str = "") -> None:
-        """One line for people; nothing for JSON."""
-        if not self.as_json:
-            from rich.text import Text
+    def line(self, text: str, style: str = "", indent: int = 0) -> None:
+        """One line for people, on a terminal folded at words and indented; nothing for JSON."""
+        if self.as_json:
+            return
+        from rich.text import Text
 
-            self._console.print(Text(text, style=style), soft_wrap=True)
+        if self._console.is_terminal and indent:
+            text = textwrap.fill(
+                text,
+                max(self._console.width, 2 * indent),
+                subsequent_indent=" " * indent,
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+        self._console.print(Text(text, style=style), soft_wrap=True)
 
-    def table(
-        self, kind: str, title: str, columns: Sequence[Column], rows: Iterable[Mapping[str, object]]
-    ) -> None:
+    def table(self, kind: str, columns: Sequence[Column], rows: Iterable[Mapping[str, object]]) -> None:
         """A table of known rows."""
         if self.as_json:
             for row in rows:
                 self.record(kind, row)
-            return
+        else:
+            self._print_table(
+                columns, ([column.cell(row) for column in columns] for row in rows), headed=True
+            )
+
+    def card(self, kind: str, title: str, columns: Sequence[Column], row: Mapping[str, object]) -> None:
+        """One row, its fields below each other."""
+        self.record(kind, row)
+        self.line(printable(title), "bold")
+        if not self.as_json:
+            cells = ([column.title, column.cell(row)] for column in columns)
+            self._print_table((Column("", ""), Column("", "")), cells, headed=False)
+
+    def _print_table(self, columns: Sequence[Column], rows: Iterable[Sequence[str]], *, headed: bool) -> None:
         from rich import box
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_header=headed)
         for column in columns:
             table.add_column(column.title, justify="right" if column.right else "left", overflow="fold")
-        for row in rows:
-            table.add_row(*(Text(column.show(row[column.field])) for column in columns))
+        for cells in rows:
+            table.add_row(*map(Text, cells))
         self._console.print(table)
-
-    def card(self, kind: str, title: str, row: Mapping[str, object], columns: Sequence[Column]) -> None:
-        """One row, its fields below each other."""
-        if self.as_json:
-            self.record(kind, row)
-            return
-        lines = [{"name": column.title, "value": column.show(row[column.field])} for column in columns]
-        self.table(kind, title, [Column("name", ""), Column("value", "")], lines)
 
     def listing(self, kind: str, columns: Sequence[Column]) -> Listing:
         """Rows printed as they come, however many."""
@@ -127,14 +146,16 @@ class Output:
         """Say on a terminal, and only there, what is being waited for."""
         if self.as_json or not self._console.is_terminal:
             return contextlib.nullcontext()
-        return self._console.status(printable(text))
+        from rich.text import Text
+
+        return self._console.status(Text(text))
 
     @cached_property
     def _console(self) -> Console:
         from rich.console import Console
 
         width = None if sys.stdout.isatty() else _REDIRECTED_WIDTH
-        return Console(highlight=False, markup=False, emoji=False, width=width)
+        return Console(width=width)
 
 
 class Listing:
@@ -152,7 +173,7 @@ class Listing:
             self._print([column.title for column in self._columns], "bold")
         self.rows += 1
         self._output.record(self._kind, row)
-        self._print([column.show(row[column.field]) for column in self._columns], "")
+        self._print([column.cell(row) for column in self._columns], "")
 
     def _print(self, cells: Sequence[str], style: str) -> None:
         padded = (

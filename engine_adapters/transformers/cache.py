@@ -1,0 +1,107 @@
+"""Caches in transformers' form: one that is filled while the model runs, and their chunks as pages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from kvstore.kernels.contract import PageCopier
+
+
+class LoadFellShortError(Exception):
+    """Less will arrive than the cache was made for; what was computed on it must be thrown away.
+
+    chunks  how many leading chunks of every row may still come
+    """
+
+    def __init__(self, chunks: int) -> None:
+        super().__init__(f"only {chunks} chunks are left of a load")
+        self.chunks = chunks
+
+
+class LoadingLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # a hook of transformers'
+    """A layer that has the shape of its restored tokens, and waits for their bytes when it is updated.
+
+    keys    [rows, kv_heads, restored tokens, head_dim], written to by a load until `arrive` returns
+    values  [rows, kv_heads, restored tokens, value_dim], likewise
+    arrive  waits for the bytes; raises LoadFellShortError
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, arrive: Callable[[], None]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # transformers'
+        _fill(self, keys, values)
+        self.arrived = False
+        self._arrive = arrive
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append the new states, once the restored ones are there; returns all of them."""
+        if not self.arrived:
+            self._arrive()
+            self.arrived = True
+        return super().update(key_states, value_states, *args, **kwargs)
+
+
+class CacheSource:
+    """PageSource over one row of a filled cache."""
+
+    def __init__(self, copier: PageCopier, cache: DynamicCache, row: int, chunk_tokens: int) -> None:
+        self._copier = copier
+        self._layers = [chunk_pages(layer, row, chunk_tokens) for layer in layers_of(cache)]
+
+    def gather(self, index: int, sections: Sequence[memoryview]) -> None:
+        """See PageSource.gather."""
+        for pages, section in zip(self._layers, sections, strict=True):
+            self._copier.gather(pages, [[index]], [section])
+
+
+def chunk_pages(layer: DynamicLayer, row: int, chunk_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The full chunks of one row of a layer as `hnd` pages; page i is chunk i.
+
+    K and V, [chunks, kv_heads, chunk_tokens, dim], as views of the layer's tensors.
+    """
+    keys, values = states_of(layer)
+    return _pages(keys[row], chunk_tokens), _pages(values[row], chunk_tokens)
+
+
+def cache_of(model: PreTrainedModel, layers: Sequence[DynamicLayer]) -> DynamicCache:
+    """A DynamicCache as generate() makes it for `model`, with these layers."""
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    cache.layers[:] = layers
+    return cache
+
+
+def plain_layer(layer: DynamicLayer, tokens: int | None = None) -> DynamicLayer:
+    """A DynamicLayer over the memory of the leading `tokens` of `layer`, or of all of it."""
+    keys, values = states_of(layer)
+    plain = DynamicLayer()  # type: ignore[no-untyped-call]  # transformers'
+    _fill(plain, keys[:, :, :tokens], values[:, :, :tokens])
+    return plain
+
+
+def layers_of(cache: DynamicCache) -> list[DynamicLayer]:
+    """The layers of a cache that has been found to hold DynamicLayers only."""
+    return [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
+
+
+def states_of(layer: DynamicLayer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of a layer that has been filled."""
+    assert layer.keys is not None
+    assert layer.values is not None
+    return layer.keys, layer.values
+
+
+def _fill(layer: DynamicLayer, keys: torch.Tensor, values: torch.Tensor) -> None:
+    layer.lazy_initialization(keys, values)
+    layer.keys, layer.values = keys, values
+
+
+def _pages(states: torch.Tensor, chunk_tokens: int) -> torch.Tensor:
+    heads, tokens, dim = states.shape
+    chunks = tokens // chunk_tokens
+    return states[:, : chunks * chunk_tokens].view(heads, chunks, chunk_tokens, dim).transpose(0, 1)

@@ -1,0 +1,123 @@
+import asyncio
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvstore.fetch_gate import FetchGate
+
+
+async def turns(count=20):
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+class Reader:
+    """Enters a gate and stays inside until told to leave."""
+
+    def __init__(self, gate, priority, inside):
+        self.leave = asyncio.Event()
+        self.inside = inside
+        self.task = asyncio.create_task(self._run(gate, priority))
+        self.priority = priority
+
+    async def _run(self, gate, priority):
+        async with gate.enter(priority):
+            self.inside.append(self)
+            try:
+                await self.leave.wait()
+            finally:
+                self.inside.remove(self)
+
+
+def test_waiters_enter_layer_by_layer_then_chunk_by_chunk():
+    async def run():
+        gate, inside, entered = FetchGate(1), [], []
+        first = Reader(gate, (9, 9), inside)
+        await turns()
+        readers = [Reader(gate, priority, inside) for priority in [(1, 0), (0, 2), (1, 1), (0, 1), (0, 2)]]
+        await turns()
+        assert inside == [first]
+        while inside:
+            entered.append(inside[0].priority)
+            inside[0].leave.set()
+            await turns()
+        assert entered == [(9, 9), (0, 1), (0, 2), (0, 2), (1, 0), (1, 1)]
+        await asyncio.gather(*(reader.task for reader in readers))
+
+    asyncio.run(run())
+
+
+def test_those_of_equal_priority_enter_in_order_of_arrival():
+    async def run():
+        gate, inside, entered = FetchGate(1), [], []
+        readers = [Reader(gate, (0, 0), inside) for _ in range(9)]
+        await turns()
+        while inside:
+            entered.append(inside[0])
+            inside[0].leave.set()
+            await turns()
+        assert entered == readers
+
+    asyncio.run(run())
+
+
+def test_a_block_that_raises_gives_its_place_back():
+    async def run():
+        gate = FetchGate(1)
+        for _ in range(3):
+            try:
+                async with gate.enter((0, 0)):
+                    raise KeyError
+            except KeyError:
+                pass
+        async with asyncio.timeout(5), gate.enter((0, 0)):
+            pass
+
+    asyncio.run(run())
+
+
+def test_a_waiter_cancelled_just_when_its_turn_comes_passes_the_turn_on():
+    async def run():
+        gate, inside = FetchGate(1), []
+        first, second, third = (Reader(gate, (0, i), inside) for i in range(3))
+        await turns()
+        # In one turn of the loop: the place is handed to the second, who is cancelled before it wakes.
+        first.leave.set()
+        while first in inside:
+            await asyncio.sleep(0)
+        second.task.cancel()
+        await turns()
+        assert second not in inside
+        assert inside == [third]
+
+    asyncio.run(run())
+
+
+STEPS = st.lists(
+    st.tuples(st.sampled_from(["enter", "leave", "cancel", "turn"]), st.integers(0, 99)), max_size=60
+)
+
+
+@given(STEPS, st.integers(1, 3))
+def test_places_are_never_exceeded_and_never_lost(steps, places):
+    async def run():
+        gate, inside, readers = FetchGate(places), [], []
+        for step, number in steps:
+            if step == "enter":
+                readers.append(Reader(gate, (number % 3, number % 5), inside))
+            elif step == "leave" and inside:
+                inside[number % len(inside)].leave.set()
+            elif step == "cancel" and readers:
+                readers[number % len(readers)].task.cancel()
+            else:
+                await turns(number % 4)
+            assert len(inside) <= places
+        for reader in readers:
+            reader.leave.set()
+        await asyncio.wait_for(asyncio.gather(*(r.task for r in readers), return_exceptions=True), 5)
+        assert not inside
+        last = [Reader(gate, (0, 0), inside) for _ in range(places)]
+        await turns()
+        assert inside == last
+
+    asyncio.run(run())
