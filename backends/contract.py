@@ -9,7 +9,10 @@ and `kvstore.testing.BackendConformance` checks:
 * An object is seen whole or not at all, from any process, as soon as `put` has returned.
 * When a call has returned, raised or finished being cancelled, nothing touches the caller's
   buffers any more. Cancelling is how a caller enforces its deadline; it must take effect promptly.
+  A cancelled put may still take effect, whole.
 * One instance belongs to one event loop; calls on it may overlap freely.
+* A name that cannot be, a buffer that cannot be filled, and any call after `close` raise
+  MisconfiguredError.
 """
 
 from __future__ import annotations
@@ -76,7 +79,7 @@ class Capabilities:
     """What a backend claims; `kvstore doctor` probes it live.
 
     conditional_put   put(if_absent=True) has exactly one winner
-    shared            other processes and machines see the same objects
+    shared            other processes, and machines that reach the same store, see the same objects
     persistent        objects outlive the process
     """
 
@@ -86,7 +89,12 @@ class Capabilities:
 
 
 class Backend(Protocol):
-    """One bucket of an object store. Names use `/` as separator and are at most 1,024 bytes."""
+    """One bucket of an object store.
+
+    Names have at most 1,024 bytes of UTF-8, no control characters, and `/` between parts that are
+    neither empty nor `.` nor `..`. An implementation may refuse a name that is also a folder of
+    others, and a first part that it keeps for itself; kvstore's own names never are such.
+    """
 
     @property
     def capabilities(self) -> Capabilities:

@@ -9,13 +9,13 @@ from urllib.parse import unquote, urlsplit
 
 from kvstore.backends.contract import Backend
 from kvstore.errors import MisconfiguredError
+from kvstore.masking import without_user
 from kvstore.settings import Settings
 
 _MEMORY = "memory://"
 _FILE = "file:"
 # Looser than S3's own rule of today: old buckets and other stores have capitals and underscores.
 _S3_BUCKET = re.compile(r"[A-Za-z0-9](?!.*\.\.)[A-Za-z0-9._-]{1,61}[A-Za-z0-9]\Z")
-_USER_INFO = re.compile(r"(?<=://)[^/?#]*@")
 # Lookups and listings come beside the transfers that settings count.
 _OTHER_CONNECTIONS = 16
 
@@ -72,8 +72,7 @@ def filesystem_folder(settings: Settings) -> Path | None:
 
 
 def _refuse(value: str, reason: str) -> NoReturn:
-    shown = _USER_INFO.sub("****@", value)
     raise MisconfiguredError(
-        f"KVSTORE_BUCKET={shown!r} {reason}; it takes the name of an S3 bucket (without s3://), "
-        "file:///absolute/folder or memory://"
+        f"KVSTORE_BUCKET={without_user(value)!r} {reason}; it takes the name of an S3 bucket (without "
+        "s3://), file:///absolute/folder or memory://"
     )

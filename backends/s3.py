@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -24,9 +23,9 @@ from kvstore.backends.contract import (
 )
 from kvstore.backends.s3_body import PartsBody
 from kvstore.errors import MisconfiguredError, RetryableError
+from kvstore.masking import without_user
 
 DELETE_BATCH = 1000
-_USER_INFO = re.compile(r"(?<=://)[^/@]*@")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +53,6 @@ class S3Options:
         if not self.endpoint_url:
             return f"s3://{self.bucket}"
         return f"{without_user(self.endpoint_url).rstrip('/')}/{self.bucket}"
-
-
-def without_user(text: str) -> str:
-    """`text` without user and password in the URLs it holds."""
-    return _USER_INFO.sub("", text)
 
 
 class S3Backend:

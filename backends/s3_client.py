@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import cache, partial
@@ -29,7 +30,8 @@ async def connect(options: S3Options) -> AsyncIterator[Any]:
     async with session.create_client(
         "s3",
         endpoint_url=options.endpoint_url or None,
-        region_name=options.region or None,
+        # botocore itself reads AWS_DEFAULT_REGION alone; other AWS SDKs set and read AWS_REGION.
+        region_name=options.region or os.environ.get("AWS_REGION") or None,
         config=_config(options),
     ) as client:
         # TLS protects a body, over plain http the signature must. Only the client knows which it

@@ -16,8 +16,9 @@ from botocore import exceptions as boto
 from botocore.exceptions import ClientError
 from botocore.parsers import ResponseParserError
 
-from kvstore.backends.s3 import S3Options, without_user
+from kvstore.backends.s3 import S3Options
 from kvstore.errors import KVStoreError, MisconfiguredError, RetryableError
+from kvstore.masking import without_user
 
 __all__ = ["ClientError", "is_absence", "raise_refused", "setting_up", "status_of", "translated"]
 

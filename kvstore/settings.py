@@ -20,6 +20,7 @@ from pydantic_settings import (
 )
 
 from kvstore.errors import MisconfiguredError
+from kvstore.masking import without_user
 
 ENV_PREFIX = "KVSTORE_"
 CONFIG_VARIABLE = "KVSTORE_CONFIG"
@@ -207,7 +208,7 @@ def _explain(error: ValidationError, origins: Mapping[str, str]) -> str:
         name = str(problem["loc"][0])
         field = Settings.model_fields[name]
         secret = field.annotation is SecretStr
-        value = "****" if secret else repr(problem["input"])
+        value = "****" if secret else without_user(repr(problem["input"]))
         reason = problem["msg"].removeprefix("Value error, ")
         lines.append(
             f"{variable(name)}={value} (from {origins[name]}): {reason}; it takes {field.description}"

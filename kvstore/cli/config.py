@@ -15,8 +15,9 @@ from kvstore.cli.credentials import (
 )
 from kvstore.cli.exits import ExitCode
 from kvstore.cli.options import Call
-from kvstore.cli.output import Column, size_text, without_user
+from kvstore.cli.output import Column, size_text
 from kvstore.errors import MisconfiguredError
+from kvstore.masking import without_user
 from kvstore.settings import CONFIG_VARIABLE, ResolvedSettings, Settings, resolve_settings, variable
 
 _MASK = "****"

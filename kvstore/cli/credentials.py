@@ -6,8 +6,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from kvstore.cli.output import without_user
 from kvstore.errors import MisconfiguredError
+from kvstore.masking import without_user
 
 # Those of the standard variables that change where requests go and who signs them, and hold no secret.
 AWS_VARIABLES = (

@@ -10,8 +10,9 @@ from kvstore.cli.checks import CHECKS
 from kvstore.cli.examination import Examination, Outcome, Site, Status, passed, refused
 from kvstore.cli.exits import ExitCode
 from kvstore.cli.options import Call
-from kvstore.cli.output import Output, printable, without_user
+from kvstore.cli.output import Output, printable
 from kvstore.errors import MisconfiguredError
+from kvstore.masking import without_user
 from kvstore.settings import ResolvedSettings, resolve_settings
 
 CHECK_TIMEOUT_S = 10.0

@@ -13,8 +13,8 @@ from typing import TypeVar
 
 from kvstore.backends.contract import ABSENT, Backend, Buffer, PutResult
 from kvstore.cli.exits import ExitCode, exit_code_of
-from kvstore.cli.output import without_user
 from kvstore.errors import KVStoreError, MisconfiguredError
+from kvstore.masking import without_user
 from kvstore.settings import Settings
 
 READ_BYTES = 1 << 17

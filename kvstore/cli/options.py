@@ -11,8 +11,9 @@ from typing import Annotated, Any, Concatenate, ParamSpec
 import typer
 
 from kvstore.cli.exits import ExitCode, exit_code_of
-from kvstore.cli.output import Output, printable, without_user
+from kvstore.cli.output import Output, printable
 from kvstore.errors import KVStoreError
+from kvstore.masking import without_user
 
 _Own = ParamSpec("_Own")
 _PANEL = "Settings (over the environment, over the file that KVSTORE_CONFIG names)"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 
 CELL_CHARACTERS_MAX = 1024
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
-_USER_INFO = re.compile(r"(?<=://)[^/?#\s]*@")
 # Wide enough that no line of a redirected listing is folded.
 _REDIRECTED_WIDTH = 100_000
 
@@ -35,11 +33,6 @@ def printable(value: object) -> str:
     kept = text[:CELL_CHARACTERS_MAX]
     safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in kept)
     return safe if kept == text else safe + "..."
-
-
-def without_user(text: str) -> str:
-    """`text` with user and password masked in every URL."""
-    return _USER_INFO.sub("****@", text)
 
 
 def size_text(size_bytes: object) -> str:

@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any
 
 import pytest
+from aws_credentials import use_test_credentials
 from canned_server import CannedServer, answer, canned_server, error
-from servers import use_test_credentials
 
 from kvstore.backends.contract import ABSENT, PutResult, PutStatus, ReadResult
 from kvstore.backends.s3 import S3Backend, S3Options

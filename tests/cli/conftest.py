@@ -10,11 +10,11 @@ from pathlib import Path
 
 import boto3
 import pytest
-from servers import moto_server
 from typer.testing import CliRunner
 
 from kvstore.backends.opening import open_backend
 from kvstore.settings import load_settings
+from localstack.moto import moto_server
 
 ACCESS_KEY = "AKIAEXAMPLEACCESS"
 SECRET_KEY = "wJalrXUtnFEMI/K7MDENG/bPxRfiCY"

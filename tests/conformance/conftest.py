@@ -3,7 +3,9 @@ import uuid
 from collections.abc import Iterator
 
 import pytest
-from servers import moto_server, use_test_credentials
+from aws_credentials import use_test_credentials
+
+from localstack.moto import moto_server
 
 
 @pytest.fixture(scope="session")

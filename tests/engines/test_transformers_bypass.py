@@ -98,21 +98,21 @@ def test_training_mode_and_autocast_are_bypassed(objects):
 
 
 def test_a_call_inside_a_call_is_one_of_its_own(llama, objects):
-    """What a logits processor generates, by beams and so without the store, is no part of the outer call."""
+    """What a logits processor generates, at positions of its own and so without the store, is no part of the outer call."""
     fill(llama, objects, prompt())
 
     def ask_again(ids, scores):
         if ids.shape[1] == 61:
-            inner.append(generate(llama, prompt(20, seed=4), num_beams=2).sequences)
+            inner.append(generate(llama, prompt(20, seed=4), position_ids=shifted).sequences)
             inner.append(generate(llama, prompt(20, seed=5)).sequences)
         return scores
 
-    inner = []
+    inner, shifted = [], torch.arange(20)[None] + 3
     plain = generate(llama, prompt(), logits_processor=[ask_again])
     with attached(llama, objects) as attachment:
         out = generate(llama, prompt(), logits_processor=[ask_again])
         assert (attachment.last.prompt_tokens, attachment.last.reused_tokens) == (61, 56)
-        assert attachment.bypasses == {BypassReason.SEARCH: 1}
+        assert attachment.bypasses == {BypassReason.POSITION_IDS: 1}
     assert same_bits(inner[:2], inner[2:])
     assert torch.equal(out.sequences, plain.sequences)
 

@@ -43,6 +43,42 @@ def test_a_load_that_fails_at_a_layer_is_not_seen(failing, llama, objects, monke
     assert same_bits(warm.logits, cold.logits)
     streamer.check(warm.sequences)
     assert usable(llama, warm.past_key_values)
+    # The layer ran in the cold prefill alone: the attempt ended where the bytes were missing.
+    assert prefills[0] == 61
+    assert set(prefills[1:]) == {1}
+
+
+def test_a_call_that_ends_by_an_error_leaves_no_load_behind(llama, objects, monkeypatch):
+    fill(llama, objects, prompt())
+    gate, scattered, handles = threading.Event(), [], []
+
+    def hold(layer, indices, sections):
+        if layer > 1:
+            gate.wait(10)
+        scattered.append(layer)
+
+    def fail(*_):
+        # Released so late that a load which nobody ends would still be under way.
+        threading.Timer(0.2, gate.set).start()
+        raise RuntimeError("out of something")
+
+    with attached(llama, objects) as attachment:
+        intercept(attachment.store, hold, monkeypatch)
+        load = attachment.store.load
+
+        def keep(*args, **options):
+            handles.append(load(*args, **options))
+            return handles[-1]
+
+        monkeypatch.setattr(attachment.store, "load", keep)
+        hook = llama.model.layers[0].register_forward_hook(fail)
+        with pytest.raises(RuntimeError, match="out of something"):
+            generate(llama, prompt())
+        hook.remove()
+        done = list(scattered)
+        assert handles[0].wait(0).chunks < 7
+        time.sleep(0.1)
+        assert scattered == done
 
 
 def test_what_arrived_before_a_damaged_chunk_is_used_and_the_chunk_is_stored_anew(llama, objects):

@@ -256,10 +256,6 @@ HOSTILE = {
         "bad_encoding",
     ),
     "is no zstd": (crafted(KEY, [b"no zstd at all", *PLAIN[1:]]), "bad_encoding"),
-    "two frames": (
-        crafted(KEY, [zstandard.compress(PLAIN[0][:100]) + zstandard.compress(PLAIN[0][100:]), *PLAIN[1:]]),
-        "bad_encoding",
-    ),
     "unknown codec": (crafted(KEY, [ZSTD, *PLAIN[1:]], codecs=["zstd-of-tomorrow"]), "unknown_codec"),
     "unknown codec of a later section": (
         crafted(KEY, [*PLAIN[:3], zstandard.compress(b"x")], codecs=["tomorrow"]),

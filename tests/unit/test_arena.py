@@ -6,10 +6,10 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from samples import PATIENCE_S
 
 from kvstore.arena import PAGE_BYTES, Arena
 from kvstore.errors import MisconfiguredError
-from samples import PATIENCE_S
 
 SLOTS = 3
 
