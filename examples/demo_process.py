@@ -44,8 +44,6 @@ def main() -> None:
     task = load_task(arguments.text, arguments.model)
     try:
         with torch.inference_mode():
-            # A serving process has long computed something when a request arrives.
-            task.model(task.prompt_ids[:, :8])
             report = _answer(task, arguments.role, arguments.logits)
     except MisconfiguredError as error:
         parser.exit(3, f"demo: {error}\n")
@@ -54,6 +52,9 @@ def main() -> None:
 
 def _answer(task: Task, role: str, logits_file: Path) -> dict[str, Any]:
     with attach(task.model) as attachment:
+        # A serving process is connected, and has computed something, when a request arrives.
+        attachment.store.wait_connected(timeout_s=30)
+        task.model(task.prompt_ids[:, :8])
         clock = FirstTokenClock()
         start = time.perf_counter()
         output = _generate(task, streamer=clock, max_new_tokens=NEW_TOKENS)

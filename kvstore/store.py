@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import logging
 import os
 import threading
@@ -90,7 +91,7 @@ class KVStore:
         self._writes = self._write_behind()
         self._closing = threading.Lock()
         self._closed = False
-        self._loop.submit(self._connect())
+        self._connected = self._loop.submit(self._connect())
 
     @property
     def layout(self) -> KVLayout:
@@ -101,6 +102,16 @@ class KVStore:
     def shard(self) -> Shard:
         """The kv heads this store's chunks hold."""
         return self.form.shard
+
+    def wait_connected(self, timeout_s: float) -> bool:
+        """Wait for the backend's first answer; False when there was none or it was a refusal.
+
+        For a server's start-up: before, lookups may run into their deadline, and only miss.
+        """
+        try:
+            return self._connected.result(timeout_s)
+        except (TimeoutError, concurrent.futures.CancelledError):
+            return False
 
     def chain(
         self,
@@ -246,7 +257,7 @@ class KVStore:
             warn=self._warn,
         )
 
-    async def _connect(self) -> None:
+    async def _connect(self) -> bool:
         """Loading an S3 client takes longer than a lookup may; trouble is said before the first one."""
         try:
             await self._backend.clock_s()
@@ -254,6 +265,8 @@ class KVStore:
             self._warn(
                 BACKEND_TROUBLE, f"{self._backend.location} cannot be used, engines compute cold: {error}"
             )
+            return False
+        return True
 
     def _save_chunk(
         self, chain: PrefixChain, index: int, source: PageSource, handle: SaveHandle

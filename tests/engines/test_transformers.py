@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -25,6 +26,7 @@ from tiny_models import CONFIGS, llama_config, make_model
 from transformers import DynamicCache
 
 from kvstore.backends.memory import MemoryBackend
+from kvstore.engine_adapters.transformers.cache import LoadingLayer
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -232,6 +234,24 @@ def test_a_returned_cache_is_plain_and_complete(llama, objects):
     for a, b in zip(cold.past_key_values.layers, warm.past_key_values.layers, strict=True):
         assert torch.equal(a.keys[:, :, :56], b.keys[:, :, :56])
         assert torch.allclose(a.values, b.values, atol=1e-4)
+
+
+def test_a_layer_s_loaded_copy_is_let_go_once_the_model_has_its_own(llama, objects, monkeypatch):
+    fill(llama, objects, prompt())
+    loaded, held = [], []
+    make = LoadingLayer.__init__
+
+    def note(layer, keys, values, arrive):
+        loaded.append(weakref.ref(keys))
+        make(layer, keys, values, arrive)
+
+    monkeypatch.setattr(LoadingLayer, "__init__", note)
+    with attached(llama, objects):
+        hook = llama.model.layers[3].register_forward_hook(lambda *_: held.append([r() for r in loaded]))
+        generate(llama, prompt(), max_new_tokens=1)
+        hook.remove()
+    assert len(loaded) == 4
+    assert held == [[None] * 4]
 
 
 def test_threads_share_an_attached_model(llama, objects):

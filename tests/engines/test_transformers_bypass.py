@@ -98,7 +98,7 @@ def test_training_mode_and_autocast_are_bypassed(objects):
 
 
 def test_a_call_inside_a_call_is_one_of_its_own(llama, objects):
-    """What a logits processor generates, at positions of its own and so without the store, is no part of the outer call."""
+    """What a logits processor generates is no part of the outer call, be it with or without the store."""
     fill(llama, objects, prompt())
 
     def ask_again(ids, scores):

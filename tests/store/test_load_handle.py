@@ -312,7 +312,7 @@ def test_cancelling_a_finished_load_changes_nothing(opened):
 def test_cancelled_at_any_moment_pages_are_right_and_no_slot_is_lost(opened, codec):
     chain = chain_of(6)
     objects = stored_chunks(chain, codec=codec)
-    backend = ScriptedBackend(objects)
+    backend = ScriptedBackend(dict(objects))
     store = opened(backend, memory_bytes=4 * 8192, fetch_concurrency=3)
     for seed in range(80):
         source = random.Random(seed)
