@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 from kvstore.arena import Arena, Slot
@@ -54,7 +54,8 @@ class ChunkFetcher:
         """
         name = object_name(self.prefix, key, self.form.shard)
         first = slot.memory[: first_read_bytes(self.form, self.limits)]
-        etag, length, object_bytes = await self._read(name, 0, first, (0, order), etag=None)
+        async with self.gate.enter((0, order)):
+            etag, length, object_bytes = await self._read(name, 0, first, etag=None)
         header = decode_header(first[:length])
         check_header(header, self.form, key, object_bytes)
         groups = layer_groups(header.extents, length, self.limits)
@@ -81,29 +82,28 @@ class ChunkFetcher:
             await self.loop.work(self._verify, header, here, scratch, 0, slot)
 
     async def _fetch_part(self, part: _Part, slot: Slot, on_layers: OnLayers) -> None:
-        start, stop = part.start, part.stop
-        if self._in_place(part.header, part.layers):
-            target = slot.memory[start:stop]
-            await self._read_part(part, target)
-            await self.loop.work(self._verify, part.header, part.layers, target, start, None)
-        else:
-            async with self._scratch() as scratch:
-                target = scratch[: stop - start]
-                await self._read_part(part, target)
-                await self.loop.work(self._verify, part.header, part.layers, target, start, slot)
+        in_place = self._in_place(part.header, part.layers)
+        async with AsyncExitStack() as held:
+            async with self.gate.enter(part.priority):
+                # Not before: whoever holds scratch must not wait for its turn behind others.
+                memory = (
+                    slot.memory[part.start :] if in_place else await held.enter_async_context(self._scratch())
+                )
+                target = memory[: part.stop - part.start]
+                _, length, _ = await self._read(part.name, part.start, target, etag=part.etag)
+            if length != len(target):
+                raise MissError(
+                    MissReason.TRUNCATED, f"object {part.name}: a read of {len(target)} got {length}"
+                )
+            into = None if in_place else slot
+            await self.loop.work(self._verify, part.header, part.layers, target, part.start, into)
         on_layers(part.layers)
-
-    async def _read_part(self, part: _Part, target: memoryview) -> None:
-        _, length, _ = await self._read(part.name, part.start, target, part.priority, etag=part.etag)
-        if length != len(target):
-            raise MissError(MissReason.TRUNCATED, f"object {part.name}: a read of {len(target)} got {length}")
 
     @retrying
     async def _read(
-        self, name: str, offset: int, out: memoryview, priority: tuple[int, int], *, etag: str | None
+        self, name: str, offset: int, out: memoryview, *, etag: str | None
     ) -> tuple[str, int, int]:
-        async with self.gate.enter(priority):
-            result = await self.backend.read_into(name, offset, out, if_match=etag)
+        result = await self.backend.read_into(name, offset, out, if_match=etag)
         if result is ABSENT:
             raise MissError(MissReason.ABSENT, f"object {name} is not there")
         if etag is not None and result.etag != etag:
@@ -149,6 +149,8 @@ class ChunkFetcher:
                 host[:] = stored[: section.stored_bytes]
             else:
                 decoder(codec).decode(stored[: section.stored_bytes], host)
+            # The slot may be saved again as it lies; what stood there before may be another's.
+            into.memory[start + self.form.section_bytes : start + self.form.stride] = self.form.padding
 
 
 @dataclass(frozen=True, slots=True)

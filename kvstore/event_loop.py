@@ -9,33 +9,47 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
+from kvstore.errors import StoreClosedError
+
 T = TypeVar("T")
+_CLOSED = "the store is closed; open another with KVStore.open"
 
 
 class EventLoopThread:
     """An asyncio loop in a daemon thread, and a pool for work that holds a core.
 
-    Engines have loops of their own, or none; the store never runs on theirs.
+    Engines have loops of their own, or none; the store never runs on theirs. What was submitted
+    before `close` runs to its end or is cancelled; what comes later raises StoreClosedError.
     """
 
     def __init__(self, workers: int) -> None:
         self._loop = asyncio.new_event_loop()
         self._workers = concurrent.futures.ThreadPoolExecutor(workers, "kvstore-worker")
+        self._submitting = threading.Lock()
+        self._closed = False
         self._thread = threading.Thread(target=self._loop.run_forever, name="kvstore-loop", daemon=True)
         self._thread.start()
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
-        """Start a coroutine on the loop, from any thread."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        """Start a coroutine on the loop, from any thread. Its future is not to be cancelled."""
+        with self._submitting:
+            if not self._closed:
+                return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        coroutine.close()
+        raise StoreClosedError(_CLOSED)
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on the loop and wait for its result. Not to be called on the loop."""
-        return self.submit(coroutine).result()
+        try:
+            return self.submit(coroutine).result()
+        except concurrent.futures.CancelledError:
+            raise StoreClosedError(_CLOSED) from None
 
     def call(self, function: Callable[[], None]) -> None:
         """Have the loop call a function soon, from any thread. After close() nothing happens."""
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(function)
+        with self._submitting:
+            if not self._closed:
+                self._loop.call_soon_threadsafe(function)
 
     async def work(self, function: Callable[..., T], *arguments: Any) -> T:
         """Run a blocking function in the pool.
@@ -47,12 +61,15 @@ class EventLoopThread:
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
-            await asyncio.wait([future])
+            await to_its_end(future)
             raise
 
     def close(self, last: Coroutine[Any, Any, None]) -> None:
         """Cancel what still runs and wait for it, run `last`, and end the threads."""
-        self.run(self._shut_down(last))
+        with self._submitting:
+            self._closed = True
+            done = asyncio.run_coroutine_threadsafe(self._shut_down(last), self._loop)
+        done.result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._workers.shutdown()
@@ -65,3 +82,10 @@ class EventLoopThread:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
         await last
+
+
+async def to_its_end(future: asyncio.Future[Any]) -> None:
+    """Wait for `future`, however often the waiting task is cancelled."""
+    while not future.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait([future])

@@ -89,8 +89,9 @@ class Lookups:
             points = probe_points(low, high)
             answers = await self._ask(keys, points)
             low, high = narrow(low, high, answers)
-            self.presence.note([keys[i] for i, here in answers if not here], present=False)
-            self.presence.note(keys[: narrow(0, high, answers)[0]], present=True)
+            for here in (True, False):
+                # Those in between are not noted: a save must not skip one that is in truth a hole.
+                self.presence.note([keys[i] for i, found in answers if found is here], present=here)
             note(low)
 
     def _known(self, keys: Sequence[ChunkKey], low: int) -> tuple[int, int]:

@@ -39,12 +39,15 @@ class Presence:
         self._clock = clock
         self._lock = threading.Lock()
         self._known: OrderedDict[bytes, tuple[bool, float]] = OrderedDict()
-        self._damaged: OrderedDict[bytes, None] = OrderedDict()
+        self._damaged: OrderedDict[bytes, float] = OrderedDict()
 
     def get(self, key: ChunkKey) -> bool | None:
-        """True: present, False: absent, None: not known."""
+        """True: present and not seen to be damaged, False: absent or damaged, None: not known."""
         with self._lock:
             known = self._known.get(key.hash)
+            damaged_until = self._damaged.get(key.hash, 0.0)
+        if damaged_until > self._clock():
+            return False
         if known is None or known[1] < self._clock():
             return None
         return known[0]
@@ -65,7 +68,8 @@ class Presence:
             self.note([key], present=False)
         if reason in DAMAGE:
             with self._lock:
-                self._damaged[key.hash] = None
+                # For a while, as with what is present: another node may replace it.
+                self._damaged[key.hash] = self._clock() + self._present_ttl_s
                 if len(self._damaged) > ENTRIES_MAX:
                     self._damaged.popitem(last=False)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from kvstore.arena import Slot
 from kvstore.chunk_fetch import ChunkFetcher
 from kvstore.errors import KVStoreError, MissError, MissReason
-from kvstore.event_loop import EventLoopThread
+from kvstore.event_loop import EventLoopThread, to_its_end
 from kvstore.handles import LoadHandle
 from kvstore.keys import ChunkKey
 from kvstore.layout import ChunkForm
@@ -139,8 +139,11 @@ class ChunkLoad:
         if self._layers_left[index]:
             for batch in self._arrived.values():
                 batch.pop(index, None)
-            async with self._scattering:
-                pass
+            await to_its_end(asyncio.ensure_future(self._no_scatter()))
+
+    async def _no_scatter(self) -> None:
+        async with self._scattering:
+            pass
 
     async def _scatter_arrivals(self) -> None:
         while True:
@@ -159,9 +162,8 @@ class ChunkLoad:
         sections = [batch[index].memory[start : start + form.section_bytes] for index in indices]
         if not indices:
             return
-        try:
-            await self._path.loop.work(self._sink.scatter, layer, indices, sections)
-        except Exception as error:  # the engine's code: whatever it raises is a miss
+        error = await self._path.loop.work(self._call_sink, layer, indices, sections)
+        if error is not None:
             self._miss(indices[0], MissReason.SINK_FAILED, error)
             return
         for index in indices:
@@ -171,13 +173,23 @@ class ChunkLoad:
         self._chunks_left[layer].difference_update(indices)
         self._advance()
 
+    def _call_sink(
+        self, layer: int, indices: Sequence[int], sections: Sequence[memoryview]
+    ) -> BaseException | None:
+        # The engine's code: whatever it raises is a miss, and must not get near the event loop.
+        try:
+            self._sink.scatter(layer, indices, sections)
+        except BaseException as error:
+            return error
+        return None
+
     def _advance(self) -> None:
         while self._layers_ready < self._path.form.layers and not self._chunks_left[self._layers_ready]:
             self._layers_ready += 1
         self.handle._set_layers_ready(self._layers_ready)  # noqa: SLF001
 
-    def _miss(self, index: int, reason: MissReason, error: Exception) -> None:
-        """Chunk `index` will not come: end the work on those behind it, go on with those before."""
+    def _miss(self, index: int, reason: MissReason, error: BaseException) -> None:
+        """Chunk `index` will not come: end the work on it and those behind it, go on with those before."""
         if index >= self._limit:
             return
         self._limit = index
@@ -185,9 +197,9 @@ class ChunkLoad:
         self._path.presence.note_miss(self._keys[index], reason)
         if reason is not MissReason.ABSENT:
             topic = BACKEND_TROUBLE if reason is MissReason.UNREACHABLE else f"miss {reason}"
-            self._path.warn(topic, f"chunk {self._keys[index]} is a miss ({reason}): {error}")
+            self._path.warn(topic, f"chunk {self._keys[index]} is a miss ({reason}): {error!r}")
         for later, task in self._tasks.items():
-            if later > index:
+            if later >= index and task is not asyncio.current_task():
                 task.cancel()
         for chunks in self._chunks_left:
             chunks.intersection_update(range(self._limit))
@@ -200,5 +212,7 @@ class ChunkLoad:
 
     def _count_rest(self, why: MissReason) -> None:
         for index, layers in self._layers_left.items():
-            if layers and index != self._limit:
-                self._fail(index, why if index < self._limit else MissReason.BEHIND_A_MISS)
+            if index > self._limit:
+                self._fail(index, MissReason.BEHIND_A_MISS)
+            elif layers and index < self._limit:
+                self._fail(index, why)

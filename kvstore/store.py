@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import logging
 import os
@@ -39,6 +40,7 @@ __all__ = ["Durability", "KVStore"]
 
 _log = logging.getLogger("kvstore")
 SLOTS_MIN = 2
+DISCONNECT_TIMEOUT_S = 5.0
 
 
 class KVStore:
@@ -127,11 +129,7 @@ class KVStore:
 
         Raises LayoutMismatchError, showing both layouts, if the namespace has another one.
         """
-        if namespace.layout != self.layout:
-            raise LayoutMismatchError(
-                "the engine's KV layout is not the store's, so nothing could be shared:\n"
-                f"  engine: {namespace.layout}\n  store:  {self.layout}"
-            )
+        self._check_layout(namespace)
         salt = self._settings.tenant_salt.get_secret_value() if tenant_salt is None else tenant_salt
         return PrefixChain.of(namespace, tokens, tenant_salt=salt, extra_keys=extra_keys)
 
@@ -141,7 +139,10 @@ class KVStore:
         timeout_s  by default KVSTORE_LOOKUP_TIMEOUT_S; then what is known so far is the answer
         """
         self._check_open()
-        return self._loop.run(self._lookups.run(chain.keys, timeout_s or self._settings.lookup_timeout_s))
+        self._check_layout(chain.namespace)
+        return self._loop.run(
+            self._lookups.run(chain.keys, _given(timeout_s, self._settings.lookup_timeout_s))
+        )
 
     def load(
         self, chain: PrefixChain, span: range, sink: PageSink, *, timeout_s: float | None = None
@@ -151,10 +152,10 @@ class KVStore:
         sink       called in a thread of the store until the handle's wait() or cancel() returns
         timeout_s  by default KVSTORE_LOAD_TIMEOUT_S; what has not arrived by then is a miss
         """
-        _check_span(span, chain)
+        self._check_span(span, chain)
         self._check_open()
         load = ChunkLoad(self._reads, chain.keys, sink, span)
-        task = self._loop.submit(load.run(timeout_s or self._settings.load_timeout_s))
+        task = self._loop.submit(load.run(_given(timeout_s, self._settings.load_timeout_s)))
         task.add_done_callback(lambda _: load.handle._abandon())  # noqa: SLF001 the handle's other half
         return load.handle
 
@@ -172,14 +173,17 @@ class KVStore:
         is known to be stored is not gathered. When memory or the upload queue is full the rest
         of the span is dropped: the handle and the metrics say so.
         """
-        _check_span(span, chain)
         self._check_open()
+        self._check_span(span, chain)
         handle = SaveHandle(until)
+        dropped: SaveOutcome | None = None
         for index in span:
-            outcome = self._save_chunk(chain, index, source, handle)
+            # Behind a chunk that was dropped the others would be of no use.
+            outcome = dropped or self._save_chunk(chain, index, source, handle)
             if outcome is not None:
                 self.metrics.saved_chunks.labels(outcome.value).inc()
                 handle._settle(index, outcome)  # noqa: SLF001 the handle's other half
+                dropped = None if outcome is SaveOutcome.PRESENT else outcome
         self._memory.touch(chain.keys[: span.stop])
         return handle
 
@@ -189,22 +193,22 @@ class KVStore:
         timeout_s  by default KVSTORE_CLOSE_TIMEOUT_S
         """
         self._check_open()
-        return self._loop.run(self._writes.flush(timeout_s or self._settings.close_timeout_s))
+        return self._loop.run(self._writes.flush(_given(timeout_s, self._settings.close_timeout_s)))
 
     def close(self) -> FlushReport:
         """Flush for KVSTORE_CLOSE_TIMEOUT_S, drop what is left, and release everything."""
         with self._closing:
             if self._closed:
                 return FlushReport(0, 0)
-            report = self.flush()
+            self._closed = True
+            report = self._loop.run(self._writes.flush(self._settings.close_timeout_s))
             if report.chunks_left:
                 _log.warning(
                     "closed with %d chunks (%d bytes) not stored; to wait longer set KVSTORE_CLOSE_TIMEOUT_S",
                     report.chunks_left,
                     report.bytes_left,
                 )
-            self._closed = True
-            self._loop.close(last=self._backend.close())
+            self._loop.close(last=self._disconnect())
             self._memory.clear()
             return report
 
@@ -268,6 +272,13 @@ class KVStore:
             return False
         return True
 
+    async def _disconnect(self) -> None:
+        try:
+            async with asyncio.timeout(DISCONNECT_TIMEOUT_S):
+                await self._backend.close()
+        except Exception as error:
+            _log.warning("%s could not be closed in order: %r", self._backend.location, error)
+
     def _save_chunk(
         self, chain: PrefixChain, index: int, source: PageSource, handle: SaveHandle
     ) -> SaveOutcome | None:
@@ -277,13 +288,16 @@ class KVStore:
         if upload is None:
             if self._presence.get(key):
                 return SaveOutcome.PRESENT
-            if not self._writes.has_room():
-                return SaveOutcome.DROPPED_QUEUE_FULL
-            slot = self._filled_slot(key, index, source)
-            if slot is None:
-                return SaveOutcome.DROPPED_NO_MEMORY
-            upload = self._writes.submit(chain.namespace, key, slot)
-            slot.release()
+            with self._writes.room() as room:
+                if not room:
+                    return SaveOutcome.DROPPED_QUEUE_FULL
+                slot = self._filled_slot(key, index, source)
+                if slot is None:
+                    return SaveOutcome.DROPPED_NO_MEMORY
+                try:
+                    upload = self._writes.submit(chain.namespace, key, slot)
+                finally:
+                    slot.release()
         handle._follow(index, upload)  # noqa: SLF001 the handle's other half
         return None
 
@@ -303,6 +317,18 @@ class KVStore:
         self._memory.admit(key, slot)
         return slot
 
+    def _check_layout(self, namespace: Namespace) -> None:
+        if namespace.layout != self.layout:
+            raise LayoutMismatchError(
+                "the engine's KV layout is not the store's, so nothing could be shared:\n"
+                f"  engine: {namespace.layout}\n  store:  {self.layout}"
+            )
+
+    def _check_span(self, span: range, chain: PrefixChain) -> None:
+        self._check_layout(chain.namespace)
+        if span.step != 1 or not 0 <= span.start <= span.stop <= len(chain):
+            raise MisconfiguredError(f"{span} is no span of a chain of {len(chain)} chunks")
+
     def _check_open(self) -> None:
         if self._closed:
             raise StoreClosedError("the store is closed; open another with KVStore.open")
@@ -311,10 +337,8 @@ class KVStore:
         form = self.form
         starts = range(form.header_bytes, form.raw_bytes, form.stride)
         source.gather(index, [slot.memory[start : start + form.section_bytes] for start in starts])
-        padding = bytes(form.stride - form.section_bytes)
-        if padding:
-            for start in starts:
-                slot.memory[start + form.section_bytes : start + form.stride] = padding
+        for start in starts:
+            slot.memory[start + form.section_bytes : start + form.stride] = form.padding
 
 
 def _memory_tier(form: ChunkForm, settings: Settings) -> MemoryTier:
@@ -338,6 +362,5 @@ def _memory_tier(form: ChunkForm, settings: Settings) -> MemoryTier:
         ) from None
 
 
-def _check_span(span: range, chain: PrefixChain) -> None:
-    if span.step != 1 or not 0 <= span.start <= span.stop <= len(chain):
-        raise MisconfiguredError(f"{span} is no span of a chain of {len(chain)} chunks")
+def _given(timeout_s: float | None, default_s: float) -> float:
+    return default_s if timeout_s is None else timeout_s

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
 from kvstore.arena import Slot
 from kvstore.backends.contract import Backend, Buffer, PutStatus
 from kvstore.chunk_writer import ChunkWriter
-from kvstore.errors import KVStoreError
+from kvstore.errors import KVStoreError, StoreClosedError
 from kvstore.event_loop import EventLoopThread
 from kvstore.handles import FlushReport, SaveOutcome
 from kvstore.keys import ChunkKey, namespace_document_name, object_name
@@ -62,6 +63,7 @@ class WriteBehind:
         self._warn = warn
         self._lock = threading.Lock()
         self._uploads: dict[bytes, Future[SaveOutcome]] = {}
+        self._reserved = 0
         self._places = asyncio.Semaphore(limits.concurrency)
         self._described: set[bytes] = set()
         self._describing = asyncio.Lock()
@@ -69,20 +71,39 @@ class WriteBehind:
     def upload_of(self, key: ChunkKey) -> Future[SaveOutcome] | None:
         """The upload of this chunk that is queued or under way."""
         with self._lock:
-            return self._uploads.get(key.hash)
+            upload = self._uploads.get(key.hash)
+        return None if upload is None or upload.done() else upload
 
-    def has_room(self) -> bool:
-        """Whether one more chunk fits into the queue."""
+    @contextlib.contextmanager
+    def room(self) -> Iterator[bool]:
+        """Hold a place in the queue for one chunk while it is gathered; False when the queue is full."""
         with self._lock:
-            return (len(self._uploads) + 1) * self._form.raw_bytes <= self._limits.queue_bytes
+            taken = len(self._uploads) + self._reserved
+            reserved = (taken + 1) * self._form.raw_bytes <= self._limits.queue_bytes
+            self._reserved += reserved
+        try:
+            yield reserved
+        finally:
+            with self._lock:
+                self._reserved -= reserved
 
     def submit(self, namespace: Namespace, key: ChunkKey, slot: Slot) -> Future[SaveOutcome]:
-        """Queue a filled slot for upload, taking a reference of its own."""
-        slot.retain()
+        """Queue a filled slot for upload, or join an upload of the same chunk that is under way.
+
+        Takes a reference of its own. Raises StoreClosedError.
+        """
         with self._lock:
-            upload = self._loop.submit(self._upload(namespace, key, slot))
+            other = self._uploads.get(key.hash)
+            if other is not None and not other.done():
+                return other
+            slot.retain()
+            try:
+                upload = self._loop.submit(self._upload(namespace, key, slot))
+            except StoreClosedError:
+                slot.release()
+                raise
             self._uploads[key.hash] = upload
-        upload.add_done_callback(lambda _: self._ended(key, slot))
+        upload.add_done_callback(lambda _: self._ended(key, upload, slot))
         return upload
 
     async def flush(self, timeout_s: float) -> FlushReport:
@@ -92,9 +113,10 @@ class WriteBehind:
         left = (await asyncio.wait(uploads, timeout=timeout_s))[1] if uploads else ()
         return FlushReport(len(left), len(left) * self._form.raw_bytes)
 
-    def _ended(self, key: ChunkKey, slot: Slot) -> None:
+    def _ended(self, key: ChunkKey, upload: Future[SaveOutcome], slot: Slot) -> None:
         with self._lock:
-            del self._uploads[key.hash]
+            if self._uploads.get(key.hash) is upload:
+                del self._uploads[key.hash]
         slot.release()
 
     async def _upload(self, namespace: Namespace, key: ChunkKey, slot: Slot) -> SaveOutcome:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ def node_command(body: Callable[Concatenate[Call, _Own], ExitCode]) -> Callable[
     def command(**arguments: Any) -> None:
         common = {name: arguments.pop(name) for name in _COMMON}
         output = Output(as_json=common.pop("as_json"))
+        # Requests that were interrupted may complain when their connection ends.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         try:
             code = body(Call(_flags(**common), output), **arguments)  # type: ignore[call-arg] # by name
         except KVStoreError as error:

@@ -26,6 +26,7 @@ from tiny_models import CONFIGS, llama_config, make_model
 from transformers import DynamicCache
 
 from kvstore.backends.memory import MemoryBackend
+from kvstore.engine_adapters.transformers import BypassReason
 from kvstore.engine_adapters.transformers.cache import LoadingLayer
 
 
@@ -56,7 +57,9 @@ def test_half_precision_and_prefill_in_pieces_restore_bit_equal(objects):
     with attached(model, objects) as attachment:
         warm = generate(model, prompt())
         pieces = generate(model, prompt(), prefill_chunk_size=3)
-        assert attachment.last.reused_tokens == 56
+        # Older transformers start such a prefill from the first token, whatever the cache holds.
+        last = attachment.last
+        assert (last.reused_tokens, last.bypass) in ((56, None), (0, BypassReason.UNKNOWN_PREFILL))
     assert same_bits(warm.logits, cold.logits)
     assert torch.equal(pieces.sequences, cold.sequences)
 

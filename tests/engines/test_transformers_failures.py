@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from attached_models import CHUNK, Streamer, attached, fill, generate, intercept, prompt, same_bits, usable
+from tiny_models import llama_config, make_model
 
 from kvstore.backends.memory import MemoryBackend
 from kvstore.engine_adapters.transformers import BypassReason
@@ -126,6 +127,26 @@ def test_a_backend_that_fails_or_hangs_costs_its_deadline_and_nothing_else(hang,
         assert attachment.last.fell_short
         assert attachment.last.reused_tokens == 0
     assert same_bits(warm.logits, cold.logits)
+
+
+def test_a_prefill_that_does_not_go_on_from_its_cache_is_done_again_without(objects, caplog):
+    model = make_model(llama_config())
+    cold = generate(model, prompt())
+    fill(model, objects, prompt())
+    stored = dict(objects)
+
+    def prefill_from_the_first_token(input_ids, generation_config, model_kwargs, **options):
+        generation_config._mask_length = -1
+        return type(model)._prefill(model, input_ids, generation_config, model_kwargs, **options)
+
+    model._prefill = prefill_from_the_first_token
+    with attached(model, objects) as attachment:
+        warm = generate(model, prompt())
+        assert attachment.last.bypass is BypassReason.UNKNOWN_PREFILL
+        assert attachment.last.reused_tokens == 0
+    assert same_bits(warm.logits, cold.logits)
+    assert objects == stored
+    assert "computed again" in caplog.text
 
 
 def test_a_store_that_is_closed_is_bypassed(llama, objects, caplog):

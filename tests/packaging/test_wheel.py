@@ -20,7 +20,8 @@ import kvstore
 def skipped(name):
     return name.endswith("__main__") or name.startswith(tuple(sys.argv[1:]))
 
-names = ["kvstore"] + [m.name for m in pkgutil.walk_packages(kvstore.__path__, "kvstore.") if not skipped(m.name)]
+found = [module.name for module in pkgutil.walk_packages(kvstore.__path__, "kvstore.")]
+names = ["kvstore", *(name for name in found if not skipped(name))]
 for name in names:
     importlib.import_module(name)
 print(kvstore.__file__)

@@ -1,5 +1,6 @@
 import asyncio
 import concurrent.futures
+import contextlib
 import threading
 
 import pytest
@@ -174,7 +175,9 @@ def test_closing_waits_for_a_sink_that_is_at_work_and_nothing_writes_afterwards(
     store.load(CHAIN, range(3), pages)
     gate.wait_arrivals()
     closed = in_another_thread(store.close)
-    settle(store)
+    # Closing cancels whatever runs on the loop, this too.
+    with contextlib.suppress(concurrent.futures.CancelledError, StoreClosedError):
+        settle(store)
     assert not closed.done()
     gate.open()
     closed.result(PATIENCE_S)
@@ -215,62 +218,76 @@ CALLS = {
 }
 
 
+class LateCaller:
+    """A thread whose call has seen the store open, and pauses before it comes to its work."""
+
+    def __init__(self, store, call):
+        self._check_open, self._submit = store._check_open, store._loop.submit
+        self._loop = store._loop._loop
+        self._checked, self._go_on = threading.Event(), threading.Event()
+        self._submitted = asyncio.Event()
+        self._thread = None
+        store._check_open, store._loop.submit = self._check_and_pause, self._submit_and_tell
+        self.outcome = in_another_thread(self._run, store, call)
+        assert self._checked.wait(PATIENCE_S)
+
+    def go_on(self):
+        self._go_on.set()
+
+    async def go_on_and_submit(self, _):
+        """Called on the store's loop, when all that was under way has been cancelled."""
+        self._go_on.set()
+        # A store may also keep the caller waiting until it is closed; then there is nothing to wait for.
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._submitted.wait(), 1)
+
+    def _run(self, store, call):
+        self._thread = threading.current_thread()
+        try:
+            return call(store)
+        finally:
+            self._tell()
+
+    def _check_and_pause(self):
+        self._check_open()
+        if threading.current_thread() is self._thread:
+            self._checked.set()
+            assert self._go_on.wait(PATIENCE_S)
+
+    def _submit_and_tell(self, coroutine):
+        try:
+            return self._submit(coroutine)
+        finally:
+            if threading.current_thread() is self._thread:
+                self._tell()
+
+    def _tell(self):
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._submitted.set)
+
+
 @pytest.mark.parametrize("operation", CALLS)
 @pytest.mark.parametrize("moment", ["while it shuts down", "after it has shut down"])
 def test_a_call_that_races_with_closing_ends_as_promised(operation, moment):
-    # The call has seen the store open; before it comes to its work, another thread closes it.
     backend, gate = ScriptedBackend(stored_chunks(CHAIN)), Gate()
-    backend.when("get", gate)
-    backend.when("head", gate)
-    backend.when("put", gate)
+    for request in ("get", "head", "put"):
+        backend.when(request, gate)
     store = store_of(backend)
-    checked, go_on, submitted = threading.Event(), threading.Event(), threading.Event()
-    check_open, submit = store._check_open, store._loop.submit
-    caller = []
-
-    def check_and_pause():
-        check_open()
-        if threading.current_thread() in caller:
-            checked.set()
-            assert go_on.wait(PATIENCE_S)
-
-    def submit_and_tell(coroutine):
-        try:
-            return submit(coroutine)
-        finally:
-            if threading.current_thread() in caller:
-                submitted.set()
-
-    store._check_open, store._loop.submit = check_and_pause, submit_and_tell
-
-    def call():
-        caller.append(threading.current_thread())
-        return CALLS[operation](store)
-
-    outcome = in_another_thread(call)
-    assert checked.wait(PATIENCE_S)
-
-    async def let_the_call_go_on(_):
-        # What was under way is cancelled by now; what comes now was not there to be cancelled.
-        go_on.set()
-        while not submitted.is_set() and not outcome.done():
-            await asyncio.sleep(0)
-
+    caller = LateCaller(store, CALLS[operation])
     if moment == "while it shuts down":
-        backend.when("close", let_the_call_go_on)
+        backend.when("close", caller.go_on_and_submit)
     closed = in_another_thread(store.close)
     try:
         closed.result(PATIENCE_S)
     finally:
-        go_on.set()
-    try:
-        answer = outcome.result(PATIENCE_S)
-    except StoreClosedError:
-        return
-    if operation == "load":
-        assert answer.chunks == 0
-    elif operation == "save":
-        assert set(answer.values()) == {SaveOutcome.FAILED}
+        caller.go_on()
+    # An answer that claims nothing, or the error that says that the store was closed.
+    with contextlib.suppress(StoreClosedError):
+        answer = caller.outcome.result(PATIENCE_S)
+        if operation == "load":
+            assert answer.chunks == 0
+        elif operation == "save":
+            assert set(answer.values()) == {SaveOutcome.FAILED}
 
 
 def test_what_is_saved_while_the_store_closes_is_refused_or_reported():
@@ -293,11 +310,9 @@ def test_what_is_saved_while_the_store_closes_is_refused_or_reported():
     closed = in_another_thread(store.close)
     assert flushing.wait(PATIENCE_S)
     accepted = 1
-    try:
+    with contextlib.suppress(StoreClosedError):
         store.save(CHAIN, range(1, 3), Pages(3, text="a"))
         accepted += 2
-    except StoreClosedError:
-        pass
     assert closed.result(PATIENCE_S).chunks_left == accepted
 
 

@@ -16,6 +16,7 @@ from samples import (
     chain_of,
     name_of,
     settle,
+    store_of,
     stored_chunks,
 )
 
@@ -157,6 +158,27 @@ def test_the_sink_is_called_layer_by_layer_one_call_at_a_time(opened):
     assert store.load(chain_of(8), range(8), pages).wait(PATIENCE_S).chunks == 8
     done = [(layer, index) for layer, indices in pages.scattered for index in indices]
     assert sorted(done) == [(layer, index) for layer in range(LAYERS) for index in range(8)]
+
+
+def test_a_layer_is_ready_when_it_is_in_pages_not_when_it_has_arrived(opened):
+    backend, late, sink = ScriptedBackend(stored_chunks(CHAIN)), Gate(), [Gate(), Gate()]
+    backend.when("get", late, applies=lambda call: call.name != name_of(CHAIN.keys[0]))
+    store, pages = opened(backend), Pages(4)
+    calls = iter(sink)
+    pages.before_scatter = lambda layer, indices: next(calls, sink[1]).block()
+    load = store.load(CHAIN, range(4), pages)
+    sink[0].wait_arrivals()
+    # The others arrive while the sink has the first chunk in hand.
+    late.open()
+    while any(key not in store._memory for key in CHAIN.keys):
+        settle(store)
+    sink[0].open()
+    sink[1].wait_arrivals()
+    with pytest.raises(TimeoutError):
+        load.wait_layer(0, 0)
+    sink[1].open()
+    assert load.wait_layer(0, PATIENCE_S) == 4
+    pages.assert_holds(range(4), layers=range(1))
 
 
 @pytest.mark.parametrize("layer", [-1, LAYERS, 99])
@@ -307,6 +329,25 @@ def test_cancelling_a_finished_load_changes_nothing(opened):
     assert store.metrics.value("kvstore_missed_chunks_total", reason="cancelled") == 0
 
 
+class Moment:
+    """Comes when so many reads and scatters of a load have begun; reads take a few turns of the loop."""
+
+    def __init__(self, source):
+        self.came = threading.Event()
+        self._left = source.randrange(6 * LAYERS + 8)
+        self._turns = source.randrange(4)
+
+    def tick(self):
+        self._left -= 1
+        if self._left <= 0:
+            self.came.set()
+
+    async def read(self, call):
+        self.tick()
+        for _ in range(self._turns):
+            await asyncio.sleep(0)
+
+
 @pytest.mark.usefixtures("layer_by_layer")
 @pytest.mark.parametrize("codec", CODECS)
 def test_cancelled_at_any_moment_pages_are_right_and_no_slot_is_lost(opened, codec):
@@ -316,30 +357,16 @@ def test_cancelled_at_any_moment_pages_are_right_and_no_slot_is_lost(opened, cod
     store = opened(backend, memory_bytes=4 * 8192, fetch_concurrency=3)
     for seed in range(80):
         source = random.Random(seed)
-        moment = threading.Event()
-        left = source.randrange(6 * LAYERS + 8)
-
-        def tick():
-            nonlocal left
-            left -= 1
-            if left <= 0:
-                moment.set()
-
-        async def later(call, turns=source.randrange(4)):
-            tick()
-            for _ in range(turns):
-                await asyncio.sleep(0)
-
+        moment, pages = Moment(source), Pages(6)
         backend.forget()
-        backend.when("get", later)
-        pages = Pages(6)
-        pages.before_scatter = lambda layer, indices: tick()
+        backend.when("get", moment.read)
+        pages.before_scatter = lambda layer, indices, moment=moment: moment.tick()
         store._memory.clear()
         if seed % 3 == 0:
             del backend.objects[name_of(chain.keys[source.randrange(1, 6)])]
         load = store.load(chain, range(6), pages)
-        in_another_thread(lambda load=load, moment=moment: (load.wait(PATIENCE_S), moment.set()))
-        assert moment.wait(PATIENCE_S)
+        in_another_thread(lambda load=load, moment=moment: (load.wait(PATIENCE_S), moment.came.set()))
+        assert moment.came.wait(PATIENCE_S)
         result = load.cancel()
         pages.assert_holds(range(result.chunks))
         assert_nothing_is_written_any_more(store, pages)
@@ -369,8 +396,6 @@ SINK_ERRORS = [
 
 @pytest.mark.parametrize("error", SINK_ERRORS, ids=lambda error: type(error).__name__)
 def test_whatever_a_sink_raises_is_a_miss_and_the_store_lives_on(error):
-    from samples import store_of
-
     # Not closed if it fails: with its loop gone it never would be.
     store, pages = store_of(ScriptedBackend(stored_chunks(CHAIN))), Pages(4)
     failing = True

@@ -19,6 +19,7 @@ from samples import (
     name_of,
     namespace_of,
     section,
+    settings_of,
     settle,
     stored_chunks,
 )
@@ -45,6 +46,10 @@ def object_of(chain, form=FORM, index=0, codec="none", text="a"):
     """Name and bytes of one intact object."""
     name = name_of(chain.keys[index], form)
     return name, stored_chunks(chain, form, codec=codec, text=text)[name].data
+
+
+def layer_by_layer(monkeypatch):
+    monkeypatch.setattr(kvstore.store, "FetchLimits", lambda: LAYER_BY_LAYER)
 
 
 class ManyVariants(ScriptedBackend):
@@ -103,7 +108,7 @@ def test_with_any_byte_flipped_the_chunk_is_a_miss_and_no_wrong_byte_reaches_pag
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_with_any_byte_flipped_no_wrong_byte_comes_layer_by_layer_either(opened, monkeypatch, codec):
-    monkeypatch.setattr(kvstore.store, "FetchLimits", lambda: LAYER_BY_LAYER)
+    layer_by_layer(monkeypatch)
     name, data = object_of(SMALL_CHAIN, SMALL_FORM, codec=codec)
     places = range(SMALL_FORM.header_bytes - 5, len(data))
     variants = [flipped(data, at, 7 - at % 8) for at in places]
@@ -140,13 +145,12 @@ def test_an_extended_object_is_a_miss(opened, codec, rest):
     pages.assert_untouched([0])
 
 
-def load_object(opened, data, chain=CHAIN, form=FORM, index=0, settings=None):
-    """Load chunk `index` of a chain with `data` under its name."""
+def load_object(opened, data, index=0):
+    """Load chunk `index` of CHAIN with `data` under its name; the reason it is a miss, and pages."""
     backend = ScriptedBackend()
-    backend.replace(name_of(chain.keys[index], form), data)
-    store = opened(backend, form.layout, **(settings or {}))
-    pages = Pages(len(chain), form)
-    result = store.load(chain, range(index, index + 1), pages).wait(PATIENCE_S)
+    backend.replace(name_of(CHAIN.keys[index]), data)
+    store, pages = opened(backend), Pages(len(CHAIN))
+    result = store.load(CHAIN, range(index, index + 1), pages).wait(PATIENCE_S)
     reason = result.failures.get(index)
     if reason is not None:
         assert store.metrics.value("kvstore_missed_chunks_total", reason=reason) == 1
@@ -178,18 +182,12 @@ OTHERS = {
 def test_an_object_copied_from_another_name_is_a_wrong_key(opened, other, codec):
     chain, form, index = OTHERS[other]
     backend = ScriptedBackend()
-    with kvstore.store.KVStore(form, _settings(codec=codec), backend) as writer:
+    with kvstore.store.KVStore(form, settings_of(codec=codec), backend) as writer:
         writer.save(chain, range(len(chain)), Pages(len(chain), form, "a"), until=Durability.REMOTE).wait()
     data = backend.data(name_of(chain.keys[index], form))
     reason, pages = load_object(opened, data)
     assert reason is MissReason.WRONG_KEY
     pages.assert_untouched(range(3))
-
-
-def _settings(**changes):
-    from samples import settings_of
-
-    return settings_of(**changes)
 
 
 def test_a_chunk_whose_parent_differs_is_a_wrong_key(opened):
@@ -284,14 +282,15 @@ HOSTILE = {
 @pytest.mark.parametrize("case", HOSTILE)
 def test_a_hostile_object_is_a_miss_with_its_reason_and_no_wrong_byte(opened, case):
     data, reason = HOSTILE[case]
-    assert load_object(opened, data)[0] == reason
-    load_object(opened, data)[1].assert_never_wrong()
+    found, pages = load_object(opened, data)
+    assert found == reason
+    pages.assert_never_wrong()
 
 
 @pytest.mark.parametrize("layer", range(4))
 def test_a_section_that_claims_no_bytes_is_damage_not_trouble_with_the_backend(opened, monkeypatch, layer):
     # Read layer by layer: a read of no bytes is none a backend takes.
-    monkeypatch.setattr(kvstore.store, "FetchLimits", lambda: LAYER_BY_LAYER)
+    layer_by_layer(monkeypatch)
     stored = [b"" if i == layer else PLAIN[i] for i in range(4)]
     reason, pages = load_object(opened, crafted(KEY, stored))
     assert reason in DAMAGE
@@ -299,7 +298,7 @@ def test_a_section_that_claims_no_bytes_is_damage_not_trouble_with_the_backend(o
 
 
 def test_one_hostile_object_leaves_the_chunks_before_it_alone(opened, monkeypatch):
-    monkeypatch.setattr(kvstore.store, "FetchLimits", lambda: LAYER_BY_LAYER)
+    layer_by_layer(monkeypatch)
     for data, _ in HOSTILE.values():
         backend = ScriptedBackend(stored_chunks(CHAIN))
         # Under the name of the second chunk.
@@ -328,7 +327,7 @@ class Witness:
 @pytest.mark.parametrize("limits", ["whole", "layer by layer"])
 def test_no_decoder_sees_a_byte_before_its_checksum_has_matched(opened, monkeypatch, limits):
     if limits == "layer by layer":
-        monkeypatch.setattr(kvstore.store, "FetchLimits", lambda: LAYER_BY_LAYER)
+        layer_by_layer(monkeypatch)
     name, data = object_of(SMALL_CHAIN, SMALL_FORM, codec="zstd")
     header = decode_header(data)
     assert [entry.codec for entry in header.sections] == [1, 0]
@@ -401,7 +400,7 @@ def test_of_several_misses_the_first_chunk_counts(opened):
 
 
 def test_an_object_replaced_while_it_is_read_is_a_miss_and_layers_never_mix(opened, monkeypatch):
-    monkeypatch.setattr(kvstore.store, "FetchLimits", lambda: LAYER_BY_LAYER)
+    layer_by_layer(monkeypatch)
     chain = chain_of(1)
     name = name_of(chain.keys[0])
     other = object_of(chain, text="b")[1]
@@ -422,7 +421,7 @@ def test_an_object_replaced_while_it_is_read_is_a_miss_and_layers_never_mix(open
 
 
 def test_an_object_deleted_while_it_is_read_is_absent(opened, monkeypatch):
-    monkeypatch.setattr(kvstore.store, "FetchLimits", lambda: LAYER_BY_LAYER)
+    layer_by_layer(monkeypatch)
     backend = ScriptedBackend(stored_chunks(chain_of(1)))
 
     async def delete(call):

@@ -15,6 +15,7 @@ from samples import (
     chain_of,
     name_of,
     namespace_of,
+    settings_of,
     stored_chunks,
 )
 
@@ -129,7 +130,7 @@ def test_a_chunk_can_be_loaded_as_soon_as_save_has_returned(opened):
 def test_each_shard_is_stored_and_loaded_on_its_own(opened):
     backend, chain = ScriptedBackend(), chain_of(2)
     forms = [ChunkForm(LAYOUT, shard) for shard in (Shard(0, 1), Shard(1, 3), Shard(0, 3))]
-    stores = [_shard_store(backend, form) for form in forms]
+    stores = [KVStore.open(LAYOUT, shard=f.shard, settings=settings_of(), backend=backend) for f in forms]
     try:
         for rank, (store, form) in enumerate(zip(stores, forms, strict=True)):
             saved = store.save(chain, range(2), Pages(2, form, f"rank {rank}"), until=Durability.REMOTE)
@@ -142,12 +143,6 @@ def test_each_shard_is_stored_and_loaded_on_its_own(opened):
     finally:
         for store in stores:
             store.close()
-
-
-def _shard_store(backend, form):
-    from samples import settings_of
-
-    return KVStore.open(LAYOUT, shard=form.shard, settings=settings_of(), backend=backend)
 
 
 def test_engines_with_other_page_sizes_share_chunks(opened):

@@ -1,4 +1,5 @@
 import asyncio
+import contextlib
 import random
 import threading
 
@@ -208,63 +209,69 @@ def test_room_is_made_before_anybody_waits():
     run(test())
 
 
-def test_threads_and_coroutines_together_never_share_a_slot_and_lose_none():
-    arena = Arena(16, 4)
-    shared, ended = [], []
-    names = iter(range(1, 1000))
+class Crowd:
+    """Threads and coroutines that take slots of one arena, mark them, and look whether the mark stays."""
 
-    def use(slot, name):
-        mark = name.to_bytes(8, "little")
-        slot.memory[:8] = mark
-        return mark
+    def __init__(self, arena):
+        self.arena = arena
+        self.shared = []
+        self.ended = []
 
-    def check(slot, mark):
-        if slot.memory[:8] != mark or slot.references != 1:
-            shared.append(slot.index)
-        slot.release()
-
-    def work(name):
-        source = random.Random(name)
+    def take_as_thread(self, name):
         for _ in range(400):
-            slot = arena.try_acquire()
+            slot = self.arena.try_acquire()
             if slot is not None:
-                mark = use(slot, name)
-                if source.random() < 0.3:
-                    threading.Event().wait(0)
-                check(slot, mark)
-        ended.append(name)
+                mark = self._mark(slot, name)
+                # Let others run in between.
+                threading.Event().wait(0)
+                self._give_back(slot, mark)
+        self.ended.append(name)
 
-    async def wait(name):
-        source = random.Random(name)
-        for _ in range(100):
-            task = asyncio.ensure_future(arena.acquire())
-            if source.random() < 0.3:
-                await asyncio.sleep(0)
-                task.cancel()
-            try:
-                slot = await task
-            except asyncio.CancelledError:
-                continue
-            mark = use(slot, name)
-            await asyncio.sleep(0)
-            check(slot, mark)
-        ended.append(name)
-
-    def waits(count):
+    def take_as_coroutines(self, names):
         async def together():
-            await asyncio.gather(*(wait(next(names)) for _ in range(count)))
+            await asyncio.gather(*(self._take(name) for name in names))
 
         run(together())
 
-    threads = [threading.Thread(target=work, args=(next(names),), daemon=True) for _ in range(3)]
-    threads += [threading.Thread(target=waits, args=(6,), daemon=True) for _ in range(2)]
+    async def _take(self, name):
+        source = random.Random(name)
+        for _ in range(100):
+            task = asyncio.ensure_future(self.arena.acquire())
+            if source.random() < 0.3:
+                await asyncio.sleep(0)
+                task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                slot = await task
+                mark = self._mark(slot, name)
+                await asyncio.sleep(0)
+                self._give_back(slot, mark)
+        self.ended.append(name)
+
+    @staticmethod
+    def _mark(slot, name):
+        slot.memory[:8] = mark = name.to_bytes(8, "little")
+        return mark
+
+    def _give_back(self, slot, mark):
+        if slot.memory[:8] != mark or slot.references != 1:
+            self.shared.append(slot.index)
+        slot.release()
+
+
+def test_threads_and_coroutines_together_never_share_a_slot_and_lose_none():
+    crowd = Crowd(Arena(16, 4))
+    threads = [threading.Thread(target=crowd.take_as_thread, args=(name,), daemon=True) for name in (1, 2, 3)]
+    threads += [
+        threading.Thread(target=crowd.take_as_coroutines, args=(names,), daemon=True)
+        for names in (range(10, 16), range(20, 26))
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(2 * PATIENCE_S)
-    assert len(ended) == 3 + 12
-    assert not shared
-    assert arena.free == 4
+    assert len(crowd.ended) == 3 + 12
+    assert not crowd.shared
+    assert crowd.arena.free == 4
 
 
 def test_slots_are_whole_pages_apart_and_keep_their_bytes():

@@ -67,10 +67,16 @@ def hostile(**changes):
     return region_of(msgpack.packb(fields(**changes)))
 
 
+def read(data, object_bytes=None):
+    """The header of `data`, checked as that of KEY."""
+    header = decode_header(data)
+    check_header(header, FORM, KEY, header.object_bytes if object_bytes is None else object_bytes)
+    return header
+
+
 def reason_of(data, *, object_bytes=None):
     with pytest.raises(MissError) as error:
-        header = decode_header(data)
-        check_header(header, FORM, KEY, header.object_bytes if object_bytes is None else object_bytes)
+        read(data, object_bytes)
     return error.value.reason
 
 
@@ -140,9 +146,8 @@ def test_the_largest_header_there_can_be_fits_its_region():
 
 
 def test_a_header_made_from_the_format_document_is_read():
-    header = decode_header(hostile())
+    header = read(hostile())
     assert (header.hash, header.parent, header.depth) == (KEY.hash, KEY.parent, KEY.depth)
-    check_header(header, FORM, KEY, header.object_bytes)
 
 
 def test_a_header_is_written_as_the_format_document_says():
@@ -247,7 +252,6 @@ def test_a_missing_or_malformed_field_is_a_miss(name, value):
         {"codecs": [1]},
         {"codecs": ["z" * 65]},
         {"codecs": "zstd"},
-        {"sections": b""},
         {"sections": b""},
         {"sections": fields()["sections"][:-1]},
         {"sections": fields()["sections"] + b"c"},
@@ -369,8 +373,7 @@ def test_no_header_however_made_takes_memory_or_raises_anything_but_a_miss(packe
 )
 def test_whatever_stands_in_a_field_the_header_is_a_miss_or_the_chunk_asked_for(value, name):
     try:
-        header = decode_header(region_of(msgpack.packb(fields(**{name: value}))))
-        check_header(header, FORM, KEY, header.object_bytes)
+        header = read(region_of(msgpack.packb(fields(**{name: value}))))
     except MissError:
         return
     assert header.hash == KEY.hash

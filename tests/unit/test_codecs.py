@@ -72,12 +72,10 @@ def test_data_of_another_length_is_a_miss_and_never_written_past_the_end(data, o
 
 
 @given(stored=st.binary(max_size=60), length=st.integers(0, 60))
-def test_damaged_data_is_a_miss_whatever_it_holds(stored, length):
+def test_random_data_raises_nothing_but_a_miss_and_is_never_written_past_the_end(stored, length):
     memory, out = guarded(length)
-    try:
+    with contextlib.suppress(MissError):
         ZstdCodec().decode(memoryview(stored), out)
-    except MissError as error:
-        assert error.reason is MissReason.BAD_ENCODING
     assert_guards(memory)
 
 
@@ -153,7 +151,8 @@ def test_a_frame_that_claims_a_large_window_gets_no_memory_for_it():
 
 def test_encoding_nothing_ends():
     # In a process of its own: a call that hangs in C cannot be interrupted.
-    script = "from kvstore.codecs.zstd import ZstdCodec as Z; Z().encode(memoryview(b''), memoryview(bytearray(9)))"
+    encode = "ZstdCodec().encode(memoryview(b''), memoryview(bytearray(9)))"
+    script = f"from kvstore.codecs.zstd import ZstdCodec; {encode}"
     subprocess.run([sys.executable, "-c", script], check=True, timeout=20)
 
 

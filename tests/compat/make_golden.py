@@ -1,0 +1,151 @@
+"""Writes the golden objects of the current format version: `python tests/compat/make_golden.py`.
+
+Run once per format version, before its release. Golden objects are read forever and never written
+again, so this refuses to overwrite any. Page bytes come from `golden_section`, which never changes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from kvstore.backends.memory import MemoryBackend
+from kvstore.handles import Durability
+from kvstore.keys import PrefixChain, object_name
+from kvstore.layout import ChunkForm, DType, KVLayout, Shard
+from kvstore.namespace import Namespace
+from kvstore.settings import Settings
+from kvstore.store import KVStore
+
+HERE = Path(__file__).parent
+VERSION = 1
+SALT = "golden salt"
+EXTRA_KEYS = ([], [b"image 1", b"image 2"])
+TOKENS = [7 * token * token % 100_003 for token in range(24)]
+
+
+@dataclass(frozen=True)
+class Golden:
+    """One golden object: chunk 1 of a chain of two, as one rank with one codec stores it."""
+
+    name: str
+    codec: str
+    layout: KVLayout
+    shard: Shard
+    lora: str = ""
+
+
+ATTENTION = KVLayout(
+    layers=4,
+    kv_heads=4,
+    head_dim=10,
+    value_dim=9,
+    dtype=DType.BFLOAT16,
+    page_form="nhd",
+    page_tokens=4,
+    chunk_tokens=12,
+)
+LATENT = KVLayout(
+    layers=3, kv_heads=1, head_dim=64, dtype=DType.FLOAT16, page_form="mla", page_tokens=6, chunk_tokens=12
+)
+OPAQUE = KVLayout(
+    layers=2,
+    kv_heads=1,
+    head_dim=1,
+    dtype=DType.UINT8,
+    page_form="opaque:golden",
+    page_tokens=12,
+    chunk_tokens=12,
+    page_bytes=777,
+)
+GOLDEN = (
+    Golden("raw", "none", ATTENTION, Shard(0, 4)),
+    Golden("raw-shard", "none", ATTENTION, Shard(2, 4), lora="adapter"),
+    Golden("zstd", "zstd", LATENT, Shard(0, 1)),
+    # Odd layers do not compress, so the codec leaves them as they are.
+    Golden("zstd-mixed", "zstd:19", ATTENTION, Shard(0, 4)),
+    Golden("zstd-opaque", "zstd", OPAQUE, Shard(0, 1)),
+)
+
+
+def golden_section(golden: Golden, layer: int, length: int) -> bytes:
+    """The page bytes of one layer: SHA-256 in counter mode; in layers that compress, 8 bytes repeated."""
+    seed = f"{golden.name} {layer}".encode()
+    stream = b"".join(
+        hashlib.sha256(seed + i.to_bytes(4, "little")).digest() for i in range(length // 32 + 1)
+    )
+    compresses = golden.codec != "none" and not (golden.name == "zstd-mixed" and layer % 2)
+    return (stream[:8] * length if compresses else stream)[:length]
+
+
+def namespace_of(golden: Golden) -> Namespace:
+    return Namespace(
+        model="golden/model",
+        weights_revision="0123456789abcdef",
+        layout=golden.layout,
+        attention='{"rope_theta": 10000.0}',
+        lora=golden.lora,
+    )
+
+
+def chain_of(golden: Golden) -> PrefixChain:
+    return PrefixChain.of(namespace_of(golden), TOKENS, tenant_salt=SALT, extra_keys=EXTRA_KEYS)
+
+
+class _Source:
+    def __init__(self, golden: Golden, form: ChunkForm) -> None:
+        self._golden = golden
+        self._form = form
+
+    def gather(self, index: int, sections: Sequence[memoryview]) -> None:
+        for layer, section in enumerate(sections):
+            section[:] = golden_section(self._golden, layer, self._form.section_bytes)
+
+
+def make(golden: Golden) -> tuple[str, bytes]:
+    """Name and bytes of the object, as the store of this version writes it."""
+    form = ChunkForm(golden.layout, golden.shard)
+    chain = chain_of(golden)
+    backend = MemoryBackend()
+    settings = Settings(bucket="memory://", prefix="golden", codec=golden.codec, memory_bytes=1 << 20)
+    with KVStore.open(golden.layout, shard=golden.shard, settings=settings, backend=backend) as store:
+        store.save(chain, range(1, 2), _Source(golden, form), until=Durability.REMOTE).wait(60)
+    name = object_name("golden", chain.keys[1], golden.shard)
+    data = bytearray(form.raw_bytes)
+    result = asyncio.run(backend.read_into(name, 0, memoryview(data)))
+    return name, bytes(data[: result.length])
+
+
+def main() -> int:
+    folder = HERE / f"v{VERSION}"
+    index = folder / "index.json"
+    if index.exists():
+        sys.stderr.write(f"{index} exists: golden objects are never written again\n")
+        return 1
+    folder.mkdir(exist_ok=True)
+    entries = {}
+    for golden in GOLDEN:
+        name, data = make(golden)
+        with (folder / f"{golden.name}.kvc").open("xb") as file:
+            file.write(data)
+        form = ChunkForm(golden.layout, golden.shard)
+        sections = [golden_section(golden, layer, form.section_bytes) for layer in range(form.layers)]
+        entries[golden.name] = {
+            "object_name": name,
+            "object_sha256": hashlib.sha256(data).hexdigest(),
+            "section_sha256": [hashlib.sha256(section).hexdigest() for section in sections],
+            "layout": asdict(golden.layout),
+            "shard": str(golden.shard),
+            "lora": golden.lora,
+        }
+    index.write_text(json.dumps(entries, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
