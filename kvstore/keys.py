@@ -65,7 +65,8 @@ class PrefixChain:
         extra_keys   for chunk i, what its KV depends on besides tokens (ids of multimodal
                      inputs, ...); chunks past the end of the sequence have none
 
-        Raises MisconfiguredError for a token id outside 0 .. 2**32-1 or a salt that is no text.
+        Raises MisconfiguredError for a token id outside 0 .. 2**32-1, a salt that is no text, or
+        extra keys that are no bytes.
         """
         step = namespace.layout.chunk_tokens
         count = len(tokens) // step
@@ -74,7 +75,10 @@ class PrefixChain:
         keys = []
         for depth in range(count):
             extra = extra_keys[depth] if depth < len(extra_keys) else ()
-            own = _digest((parent, data[4 * step * depth : 4 * step * (depth + 1)], *extra))
+            try:
+                own = _digest((parent, data[4 * step * depth : 4 * step * (depth + 1)], *extra))
+            except TypeError:
+                raise MisconfiguredError(f"extra_keys[{depth}] is not a sequence of bytes") from None
             keys.append(ChunkKey(namespace.digest, own, parent, depth))
             parent = own
         return cls(namespace, tuple(keys))

@@ -119,6 +119,9 @@ class ChunkLoad:
             self._miss(index, miss.reason, miss)
         except KVStoreError as error:
             self._miss(index, MissReason.UNREACHABLE, error)
+        except Exception as error:
+            _log.debug("chunk %s could not be loaded because of a defect", self._keys[index], exc_info=True)
+            self._miss(index, MissReason.INTERNAL_ERROR, error)
         finally:
             await self._withdraw(index)
             slot.release()
@@ -127,7 +130,7 @@ class ChunkLoad:
         key = self._keys[index]
         await self._path.fetcher.fetch(key, index, slot, lambda layers: self._arrive(index, slot, layers))
         self._path.memory.admit(key, slot)
-        self._path.presence.note([key], present=True)
+        self._path.presence.note_stored(key)
 
     def _arrive(self, index: int, slot: Slot, layers: range) -> None:
         for layer in layers:

@@ -18,7 +18,7 @@ from kvstore.backends.opening import open_backend
 from kvstore.chunk_fetch import ChunkFetcher
 from kvstore.chunk_writer import ChunkWriter
 from kvstore.codecs.registry import parse_codec
-from kvstore.errors import KVStoreError, LayoutMismatchError, MisconfiguredError, StoreClosedError
+from kvstore.errors import LayoutMismatchError, MisconfiguredError, StoreClosedError
 from kvstore.event_loop import EventLoopThread
 from kvstore.fetch_gate import FetchGate
 from kvstore.handles import Durability, FlushReport, LoadHandle, LookupResult, SaveHandle, SaveOutcome
@@ -201,6 +201,7 @@ class KVStore:
             if self._closed:
                 return FlushReport(0, 0)
             self._closed = True
+            self._writes.refuse()
             report = self._loop.run(self._writes.flush(self._settings.close_timeout_s))
             if report.chunks_left:
                 _log.warning(
@@ -265,7 +266,7 @@ class KVStore:
         """Loading an S3 client takes longer than a lookup may; trouble is said before the first one."""
         try:
             await self._backend.clock_s()
-        except KVStoreError as error:
+        except Exception as error:
             self._warn(
                 BACKEND_TROUBLE, f"{self._backend.location} cannot be used, engines compute cold: {error}"
             )

@@ -64,6 +64,7 @@ class WriteBehind:
         self._lock = threading.Lock()
         self._uploads: dict[bytes, Future[SaveOutcome]] = {}
         self._reserved = 0
+        self._refusing = False
         self._places = asyncio.Semaphore(limits.concurrency)
         self._described: set[bytes] = set()
         self._describing = asyncio.Lock()
@@ -93,6 +94,8 @@ class WriteBehind:
         Takes a reference of its own. Raises StoreClosedError.
         """
         with self._lock:
+            if self._refusing:
+                raise StoreClosedError("the store was closed while the chunk was gathered")
             other = self._uploads.get(key.hash)
             if other is not None and not other.done():
                 return other
@@ -105,6 +108,11 @@ class WriteBehind:
             self._uploads[key.hash] = upload
         upload.add_done_callback(lambda _: self._ended(key, upload, slot))
         return upload
+
+    def refuse(self) -> None:
+        """Take no more, so that a flush after this one leaves nothing uncounted."""
+        with self._lock:
+            self._refusing = True
 
     async def flush(self, timeout_s: float) -> FlushReport:
         """Wait until what is queued now is uploaded or has failed, for at most `timeout_s`."""

@@ -268,7 +268,6 @@ class ScriptedBackend:
         self.objects: dict[str, StoredObject] = {} if objects is None else objects
         self.calls: list[Call] = []
         self.closed = False
-        self.clock_error: Exception | None = None
         self._inner = MemoryBackend(self.objects)
         self._rules: list[_Rule] = []
 
@@ -331,8 +330,7 @@ class ScriptedBackend:
         await self._inner.delete(names)
 
     async def clock_s(self) -> float:
-        if self.clock_error is not None:
-            raise self.clock_error
+        await self._called(Call("clock", ""))
         return await self._inner.clock_s()
 
     async def close(self) -> None:

@@ -19,6 +19,7 @@ from samples import (
     stored_chunks,
 )
 
+import kvstore.store
 from kvstore.errors import MissReason, RetryableError, StoreClosedError
 from kvstore.handles import Durability, LookupResult, SaveOutcome
 
@@ -63,7 +64,8 @@ def test_closing_with_a_stalled_backend_ends_at_its_deadline_and_says_what_is_le
     assert backend.closed
 
 
-def test_a_backend_that_never_closes_does_not_keep_the_engine_from_ending():
+def test_a_backend_that_never_closes_does_not_keep_the_engine_from_ending(monkeypatch):
+    monkeypatch.setattr(kvstore.store, "DISCONNECT_TIMEOUT_S", 0.05)
     backend, gate = ScriptedBackend(), Gate()
     backend.when("close", gate)
     store = store_of(backend)
@@ -313,6 +315,31 @@ def test_what_is_saved_while_the_store_closes_is_refused_or_reported():
     with contextlib.suppress(StoreClosedError):
         store.save(CHAIN, range(1, 3), Pages(3, text="a"))
         accepted += 2
+    assert closed.result(PATIENCE_S).chunks_left == accepted
+
+
+def test_what_is_gathered_while_the_store_closes_is_refused_or_reported():
+    backend, gate, gathering = ScriptedBackend(), Gate(), Gate()
+    backend.when("put", gate)
+    store, pages = store_of(backend, close_timeout_s=0.3), Pages(3, text="a")
+    store.save(CHAIN, range(1), pages)
+    flush, flushing = store._writes.flush, threading.Event()
+
+    async def tell(timeout_s):
+        flushing.set()
+        return await flush(timeout_s)
+
+    store._writes.flush = tell
+    pages.before_gather = lambda index: gathering.block()
+    saving = in_another_thread(store.save, CHAIN, range(1, 2), pages)
+    gathering.wait_arrivals()
+    closed = in_another_thread(store.close)
+    assert flushing.wait(PATIENCE_S)
+    gathering.open()
+    accepted = 1
+    with contextlib.suppress(StoreClosedError):
+        saving.result(PATIENCE_S)
+        accepted += 1
     assert closed.result(PATIENCE_S).chunks_left == accepted
 
 

@@ -470,6 +470,23 @@ def test_what_cannot_be_retried_is_a_miss_at_once_and_spares_the_chunks_before_i
     assert_no_slot_lost(store)
 
 
+@pytest.mark.parametrize("error", [OSError("a defect"), MemoryError()])
+def test_a_defect_met_by_one_chunk_spares_those_before_it_that_are_on_their_way(opened, error):
+    backend, gate = ScriptedBackend(stored_chunks(CHAIN)), Gate()
+    backend.when("get", gate, name=name_of(CHAIN.keys[0]))
+    backend.when("get", error, name=name_of(CHAIN.keys[2]))
+    store, pages = opened(backend), Pages(4)
+    load = store.load(CHAIN, range(4), pages)
+    gate.wait_arrivals()
+    settle(store)
+    gate.open()
+    result = load.wait(PATIENCE_S)
+    assert result.chunks == 2
+    assert result.failures[2] in (MissReason.UNREACHABLE, MissReason.INTERNAL_ERROR)
+    pages.assert_holds(range(2))
+    assert_no_slot_lost(store)
+
+
 class HeldCodec:
     """A decoder that waits at a gate in the middle of its work, then writes."""
 

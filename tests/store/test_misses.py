@@ -486,6 +486,21 @@ def test_lookups_between_damage_and_save_do_not_prevent_the_repair(opened, looku
     assert reload(store, CHAIN, Pages(3)).chunks == 3
 
 
+def test_what_another_node_repaired_is_not_replaced_again(opened):
+    backend = ScriptedBackend(stored_chunks(CHAIN))
+    intact = dict(backend.objects)
+    damage(backend, name_of(CHAIN.keys[1]))
+    store = opened(backend)
+    assert reload(store, CHAIN, Pages(3)).chunks == 1
+    backend.objects.update(intact)
+    assert reload(store, CHAIN, Pages(3)).chunks == 3
+    assert store.lookup(CHAIN).chunks == 3
+    store._memory.clear()
+    assert store.lookup(CHAIN).chunks == 3
+    assert store.save(CHAIN, range(3), Pages(3)).wait() == dict.fromkeys(range(3), SaveOutcome.PRESENT)
+    assert backend.count("replace") == 0
+
+
 @pytest.mark.parametrize("case", ["version 2", "unknown codec"])
 def test_an_object_only_a_later_version_can_read_is_left_alone(opened, case):
     backend = ScriptedBackend()

@@ -149,21 +149,24 @@ def test_a_failing_backend_fails_the_save_warns_once_and_a_later_save_succeeds(o
 
 
 def test_saving_again_at_once_after_a_failure_starts_anew(opened, monkeypatch):
-    backend = ScriptedBackend()
+    backend, sending, tidying = ScriptedBackend(), Gate(), Gate()
+    backend.when("put", sending, name=".0-3")
     backend.when("put", MisconfiguredError("denied"), name=".0-3", times=1)
-    store, gate = opened(backend), Gate()
+    store = opened(backend)
     ended = store._writes._ended
 
     def end_late(*arguments):
         # Whoever waits for an upload may be told of its end before the queue has tidied up.
-        gate.block()
+        tidying.block()
         ended(*arguments)
 
     monkeypatch.setattr(store._writes, "_ended", end_late)
-    assert save(store, chain_of(1)) == {0: SaveOutcome.FAILED}
-    gate.wait_arrivals()
+    failed = store.save(chain_of(1), range(1), Pages(1, text="a"), until=Durability.REMOTE)
+    sending.open()
+    assert failed.wait(PATIENCE_S) == {0: SaveOutcome.FAILED}
+    tidying.wait_arrivals()
     again = store.save(chain_of(1), range(1), Pages(1, text="a"), until=Durability.REMOTE)
-    gate.open()
+    tidying.open()
     assert again.wait(PATIENCE_S) == {0: STORED}
 
 
@@ -266,6 +269,7 @@ def test_two_threads_that_save_one_chunk_at_once_both_succeed_and_lose_nothing(o
         thread.join(PATIENCE_S)
     gate.open()
     assert {handle.wait(PATIENCE_S)[0] for handle in handles} <= {STORED, PRESENT}
+    assert backend.count("put", name_of(CHAIN.keys[0])) == 1
     settle(store)
     assert not caplog.records
     assert store.flush(PATIENCE_S).chunks_left == 0

@@ -230,3 +230,9 @@ def test_a_chain_and_its_keys_show_no_token():
     shown = f"{chain!r} {chain.keys[0]} {json.dumps(chain.namespace.describe())}"
     assert "4000000001" not in shown
     assert "hidden salt" not in shown
+
+
+@pytest.mark.parametrize("extra", [b"image", ["image"], [None], 7])
+def test_extra_keys_that_are_no_bytes_are_refused_naming_the_chunk(extra):
+    with pytest.raises(MisconfiguredError, match=r"extra_keys\[1\]"):
+        PrefixChain.of(NAMESPACE, range(4), extra_keys=[[b"fine"], extra])
