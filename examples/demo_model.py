@@ -32,7 +32,7 @@ def load_task(text: Path, folder: Path | None) -> Task:
     document = text.read_text(errors="replace")
     if folder is None:
         model, encode = _random_llama(), _byte_ids
-        title = f"random-weight Llama, {_millions(model)}, 16 layers, 2 of 10 heads kept as KV"
+        title = f"random-weight Llama, {_millions(model)}, 12 layers, 12 heads with 2 of KV"
     else:
         model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -50,10 +50,10 @@ def _random_llama() -> LlamaForCausalLM:
     torch.manual_seed(SEED)
     config = LlamaConfig(
         vocab_size=256,
-        hidden_size=640,
-        intermediate_size=1728,
-        num_hidden_layers=16,
-        num_attention_heads=10,
+        hidden_size=768,
+        intermediate_size=2560,
+        num_hidden_layers=12,
+        num_attention_heads=12,
         num_key_value_heads=2,
         max_position_embeddings=8192,
         initializer_range=INITIALIZER_RANGE,

@@ -26,25 +26,41 @@ class LoadFellShortError(Exception):
 class LoadingLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # a hook of transformers'
     """A layer that has the shape of its restored tokens, and waits for their bytes when it is updated.
 
-    keys    [rows, kv_heads, restored tokens, head_dim], written to by a load until `arrive` returns
-    values  [rows, kv_heads, restored tokens, value_dim], likewise
-    arrive  waits for the bytes; raises LoadFellShortError
+    keys      [rows, kv_heads, tokens of the prompt, head_dim]: the leading `restored` tokens are
+              written to by a load until `arrive` returns, the others are room for the first update
+    values    [rows, kv_heads, tokens of the prompt, value_dim], likewise
+    restored  how many tokens the layer holds at first
+    arrive    waits for the bytes; raises LoadFellShortError
     """
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, arrive: Callable[[], None]) -> None:
+    def __init__(
+        self, keys: torch.Tensor, values: torch.Tensor, restored: int, arrive: Callable[[], None]
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # transformers'
-        _fill(self, keys, values)
+        _fill(self, keys[:, :, :restored], values[:, :, :restored])
         self.arrived = False
+        self._whole = (keys, values)
+        self._room = (keys[:, :, restored:], values[:, :, restored:])
         self._arrive = arrive
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append the new states, once the restored ones are there; returns all of them."""
-        if not self.arrived:
-            self._arrive()
-            self.arrived = True
-        return super().update(key_states, value_states, *args, **kwargs)
+        if self.arrived:
+            return super().update(key_states, value_states, *args, **kwargs)
+        self._arrive()
+        self.arrived = True
+        room, whole = self._room, self._whole
+        del self._room, self._whole
+        states = (key_states, value_states)
+        if not all(map(_alike, room, states)):
+            return super().update(*states, *args, **kwargs)
+        # The rest of the prompt in one piece: what is restored need not be copied to append it.
+        for place, new in zip(room, states, strict=True):
+            place.copy_(new)
+        self.keys, self.values = whole
+        return whole
 
 
 class CacheSource:
@@ -99,6 +115,10 @@ def states_of(layer: DynamicLayer) -> tuple[torch.Tensor, torch.Tensor]:
 def _fill(layer: DynamicLayer, keys: torch.Tensor, values: torch.Tensor) -> None:
     layer.lazy_initialization(keys, values)
     layer.keys, layer.values = keys, values
+
+
+def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
 
 
 def _pages(states: torch.Tensor, chunk_tokens: int) -> torch.Tensor:

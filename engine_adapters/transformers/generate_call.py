@@ -135,8 +135,9 @@ class GenerateCall:
             chains, stored = self._lookup()
             self._lookup_s = time.perf_counter() - started
             # The model needs one token to compute, for the logits of the next.
-            chunks = min(stored, (len(self._prompts[0]) - 1) // self._attached.chunk_tokens)
-            return PrefixRestore(self._attached, chains, chunks) if chunks > 0 else None
+            tokens = len(self._prompts[0])
+            chunks = min(stored, (tokens - 1) // self._attached.chunk_tokens)
+            return PrefixRestore(self._attached, chains, chunks, tokens) if chunks > 0 else None
         except Exception as error:
             self._store_failed("the stored prefix could not be restored", error)
             return None

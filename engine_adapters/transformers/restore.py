@@ -33,14 +33,17 @@ class PrefixRestore:
     The cache may be given to the model at once: its layers wait for what they need, and raise
     LoadFellShortError where it will not come. End it with `settle` or `abandon`.
 
-    waited_s  how long the model has waited for layers so far
+    prompt_tokens  tokens of each row's prompt; the cache has room for them
+    waited_s       how long the model has waited for layers so far
     """
 
-    def __init__(self, attached: AttachedModel, chains: Sequence[PrefixChain], chunks: int) -> None:
+    def __init__(
+        self, attached: AttachedModel, chains: Sequence[PrefixChain], chunks: int, prompt_tokens: int
+    ) -> None:
         self.chunks = chunks
         self.waited_s = 0.0
         self._attached = attached
-        self._layers = self._empty_layers(len(chains))
+        self._layers = self._empty_layers(len(chains), prompt_tokens)
         self.cache: DynamicCache = cache_of(attached.model, self._layers)
         self._pages: Pages = [
             [chunk_pages(layer, row, attached.chunk_tokens) for row in range(len(chains))]
@@ -80,15 +83,15 @@ class PrefixRestore:
     def _wait(self) -> int:
         return min(handle.wait().chunks for handle in self._handles)
 
-    def _empty_layers(self, rows: int) -> list[LoadingLayer]:
-        geometry, tokens = self._attached.geometry, self.chunks * self._attached.chunk_tokens
+    def _empty_layers(self, rows: int, tokens: int) -> list[LoadingLayer]:
+        geometry, restored = self._attached.geometry, self.chunks * self._attached.chunk_tokens
         layers = []
         for number, device in enumerate(geometry.devices):
             keys, values = (
                 torch.empty(rows, geometry.kv_heads, tokens, dim, dtype=geometry.dtype, device=device)
                 for dim in (geometry.head_dim, geometry.value_dim)
             )
-            layers.append(LoadingLayer(keys, values, partial(self._arrive, number)))
+            layers.append(LoadingLayer(keys, values, restored, partial(self._arrive, number)))
         return layers
 
     def _arrive(self, layer: int) -> None:
@@ -97,7 +100,7 @@ class PrefixRestore:
         self.waited_s += time.perf_counter() - started
         if min(counts) < self.chunks:
             raise LoadFellShortError(min(counts))
-        # The model is about to copy these into a larger tensor: keep no second copy alive.
+        # If the model appends by copying all into a larger tensor, keep no second copy alive.
         self._pages[layer] = []
 
 

@@ -239,22 +239,37 @@ def test_a_returned_cache_is_plain_and_complete(llama, objects):
         assert torch.allclose(a.values, b.values, atol=1e-4)
 
 
-def test_a_layer_s_loaded_copy_is_let_go_once_the_model_has_its_own(llama, objects, monkeypatch):
-    fill(llama, objects, prompt())
-    loaded, held = [], []
-    make = LoadingLayer.__init__
+@pytest.fixture
+def loaded_keys(monkeypatch):
+    """The keys that layers of a restore were made with: a weak reference, and where they lie."""
+    keys, make = [], LoadingLayer.__init__
 
-    def note(layer, keys, values, arrive):
-        loaded.append(weakref.ref(keys))
-        make(layer, keys, values, arrive)
+    def note(layer, own_keys, *others):
+        keys.append((weakref.ref(own_keys), own_keys.data_ptr()))
+        make(layer, own_keys, *others)
 
     monkeypatch.setattr(LoadingLayer, "__init__", note)
+    return keys
+
+
+def test_what_is_restored_is_not_copied_to_append_the_rest_of_the_prompt(llama, objects, loaded_keys):
+    fill(llama, objects, prompt())
     with attached(llama, objects):
-        hook = llama.model.layers[3].register_forward_hook(lambda *_: held.append([r() for r in loaded]))
-        generate(llama, prompt(), max_new_tokens=1)
+        cache = generate(llama, prompt(), max_new_tokens=1).past_key_values
+    assert [layer.keys.data_ptr() for layer in cache.layers] == [place for _, place in loaded_keys]
+
+
+def test_a_layer_s_loaded_copy_is_let_go_once_the_model_has_its_own(llama, objects, loaded_keys):
+    fill(llama, objects, prompt())
+    held = []
+    with attached(llama, objects):
+        hook = llama.model.layers[3].register_forward_hook(
+            lambda *_: held.append([r() for r, _ in loaded_keys])
+        )
+        generate(llama, prompt(), max_new_tokens=1, prefill_chunk_size=2)
         hook.remove()
-    assert len(loaded) == 4
-    assert held == [[None] * 4]
+    assert len(loaded_keys) == 4
+    assert held[0] == [None] * 4
 
 
 def test_threads_share_an_attached_model(llama, objects):
