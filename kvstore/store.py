@@ -149,7 +149,8 @@ class KVStore:
     ) -> LoadHandle:
         """Start copying the chunks `chain.keys[i] for i in span` into pages.
 
-        sink       called in a thread of the store until the handle's wait() or cancel() returns
+        sink       called in a thread of the store until the handle's wait() or cancel() returns;
+                   must not itself wait for the load or cancel it
         timeout_s  by default KVSTORE_LOAD_TIMEOUT_S; what has not arrived by then is a miss
         """
         self._check_span(span, chain)
