@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from queue import SimpleQueue
+from typing import Any, Generic, TypeVar
 
 from kvstore.errors import MisconfiguredError
 
@@ -21,71 +22,165 @@ class AbandonedError(Exception):
 class Caller:
     """The caller of one piece of blocking work, as the thread that does the work sees it."""
 
-    def __init__(self, *, lends_buffers: bool) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._gone = threading.Event()
-        self.buffers_free: asyncio.Future[None] = self._loop.create_future()
-        if not lends_buffers:
-            self.buffers_free.set_result(None)
-
-    def leave(self) -> None:
-        """Say that nobody waits for the result any more."""
-        self._gone.set()
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._lock = threading.Lock()
+        self._gone = False
+        self._borrowed = False
+        self._interrupt: Callable[[], None] | None = None
+        self._freed: asyncio.Future[None] | None = None
 
     def check(self) -> None:
         """Raise AbandonedError when the caller was cancelled. Work calls it between steps."""
-        if self._gone.is_set():
+        if self._gone:
             raise AbandonedError
 
+    def interrupt_with(self, interrupt: Callable[[], None] | None) -> None:
+        """Have `interrupt` called, by the caller's thread, when the caller is cancelled.
+
+        It ends what the work is blocked in, and does not block itself. None: no more.
+        """
+        with self._lock:
+            self._interrupt = interrupt
+            if interrupt is not None:
+                self.check()
+
+    def borrow_buffers(self) -> None:
+        """Say that the work begins to read or fill buffers of the caller, who waits if cancelled."""
+        with self._lock:
+            self.check()
+            self._borrowed = True
+
     def free_buffers(self) -> None:
-        """Promise that the work will not touch the caller's buffers any more. Called by work, once."""
-        self._loop.call_soon_threadsafe(self.buffers_free.set_result, None)
+        """Promise that the work will not touch the caller's buffers any more."""
+        with self._lock:
+            self._borrowed = False
+            if self._freed is not None:
+                self._loop.call_soon_threadsafe(_set, self._freed)
+
+    def leave(self) -> asyncio.Future[None] | None:
+        """Say that nobody waits for the result any more. Returns what ends when no buffer is borrowed."""
+        with self._lock:
+            self._gone = True
+            if self._interrupt is not None:
+                self._interrupt()
+            if self._borrowed:
+                self._freed = self._loop.create_future()
+            return self._freed
+
+
+class _Job(Generic[T]):
+    """One piece of work, and how it ended."""
+
+    def __init__(self, work: Callable[[Caller], T], loop: asyncio.AbstractEventLoop) -> None:
+        self.caller = Caller(loop)
+        self.ended: asyncio.Future[T] = loop.create_future()
+        self._work = work
+        self._result: T | None = None
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self.caller.check()
+            self._result = self._work(self.caller)
+        except BaseException as error:
+            self._error = error
+        finally:
+            self.caller.interrupt_with(None)
+            self.caller.free_buffers()
+
+    def settle(self) -> None:
+        if self.ended.done():
+            return
+        if self._error is None:
+            self.ended.set_result(self._result)  # type: ignore[arg-type]  # None only where T is
+        else:
+            self.ended.set_exception(self._error)
 
 
 class BlockingCalls:
-    """Runs blocking work in a pool of threads of its own, for one event loop.
+    """Runs blocking work in up to `threads` threads of its own, for one event loop.
 
-    A pool of its own, because a hung file system must not also block name resolution and other
-    users of asyncio's default threads.
+    Its own, because a hung file system must not also block name resolution and other users of
+    asyncio's default threads; and leaner than an executor: reads of a few hundred kilobytes come
+    by the thousand a second. Threads start as needed, and do not keep a process alive.
     """
 
     def __init__(self, threads: int, name: str) -> None:
         self._name = name
+        self._threads_max = threads
         self._closed = False
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
+        self._threads: list[threading.Thread] = []
+        self._running = 0
+        self._queue: SimpleQueue[_Job[Any] | None] = SimpleQueue()
+        self._ended: deque[_Job[Any]] = deque()
+        self._waking = False
+        self._all_ended: asyncio.Event | None = None
 
-    async def run(self, work: Callable[[Caller], T], *, lends_buffers: bool) -> T:
+    async def run(self, work: Callable[[Caller], T]) -> T:
         """The result of `work(caller)`.
 
-        lends_buffers  work reads or fills buffers of the caller, until it ends or frees them
-
         Cancelled while work is queued: it never runs. Cancelled while work runs: ends at once, or
-        as soon as no buffer is lent any more, which is soon if work calls `caller.check()` often.
-        What work does after that nobody waits for.
+        as soon as no buffer is borrowed any more, which is soon if work calls `caller.check()`
+        often or can be interrupted. What work does after that nobody waits for.
         """
         if self._closed:
             raise MisconfiguredError(f"{self._name} was used after close(); open another one")
-        caller = Caller(lends_buffers=lends_buffers)
-        job = self._pool.submit(work, caller)
-        done = asyncio.wrap_future(job)
+        job = _Job(work, asyncio.get_running_loop())
+        self._running += 1
+        self._queue.put(job)
+        if len(self._threads) < min(self._running, self._threads_max):
+            self._start_thread()
         try:
-            return await asyncio.shield(done)
+            return await job.ended
         except asyncio.CancelledError:
-            caller.leave()
-            # Nobody else will look at its exception, which asyncio would report as lost.
-            done.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
-            if not job.cancel():
-                await _first_of(done, caller.buffers_free)
+            freed = job.caller.leave()
+            while freed is not None and not freed.done():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait([freed])
             raise
 
     async def close(self) -> None:
         """Wait for running work and end the threads."""
         self._closed = True
-        await asyncio.to_thread(self._pool.shutdown)
+        self._all_ended = asyncio.Event()
+        if self._running:
+            await self._all_ended.wait()
+        for _ in self._threads:
+            self._queue.put(None)
+        for thread in self._threads:
+            thread.join()
+        self._threads.clear()
+
+    def _start_thread(self) -> None:
+        loop = asyncio.get_running_loop()
+        name = f"{self._name}-{len(self._threads)}"
+        thread = threading.Thread(target=self._serve, args=(loop,), name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
+        while (job := self._queue.get()) is not None:
+            job.run()
+            self._ended.append(job)
+            del job  # it refers to buffers that the caller has back now
+            # One wake-up serves all that have ended by the time the loop comes to it.
+            if not self._waking:
+                self._waking = True
+                try:
+                    loop.call_soon_threadsafe(self._settle)
+                except RuntimeError:
+                    return  # the loop was closed: nobody waits any more
+
+    def _settle(self) -> None:
+        self._waking = False
+        while self._ended:
+            self._ended.popleft().settle()
+            self._running -= 1
+        if self._all_ended is not None and not self._running:
+            self._all_ended.set()
 
 
-async def _first_of(*futures: asyncio.Future[Any]) -> None:
-    """Wait for one of `futures`, however often the waiting task is cancelled."""
-    while not any(future.done() for future in futures):
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
+def _set(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

@@ -76,7 +76,7 @@ class FilesystemBackend:
                 self._check_root()
                 return ABSENT
 
-        return await self._threads.run(read, lends_buffers=True)
+        return await self._threads.run(read)
 
     async def put(self, name: str, parts: Sequence[Buffer], *, if_absent: bool) -> PutResult:
         """See Backend.put. What was put also survives a power cut."""
@@ -87,7 +87,7 @@ class FilesystemBackend:
             with filesystem_errors(f"write {path}"):
                 return self._writer.put(path, views, caller, if_absent=if_absent)
 
-        return await self._threads.run(put, lends_buffers=True)
+        return await self._threads.run(put)
 
     async def head(self, name: str) -> ObjectInfo | None:
         """See Backend.head."""
@@ -142,7 +142,7 @@ class FilesystemBackend:
         await self._threads.close()
 
     async def _run(self, work: Callable[[], T]) -> T:
-        return await self._threads.run(lambda _: work(), lends_buffers=False)
+        return await self._threads.run(lambda _: work())
 
     def _path(self, name: str) -> Path:
         check_name(name)

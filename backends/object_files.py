@@ -66,6 +66,7 @@ def read(path: Path, offset: int, out: memoryview, if_match: str | None, caller:
         length = max(0, min(len(out), found.st_size - offset))
         if if_match is not None and if_match != version:
             length = 0
+        caller.borrow_buffers()
         _fill(file, offset, out[:length], caller)
         return ReadResult(length, found.st_size, version)
     finally:
@@ -140,6 +141,7 @@ class ObjectWriter:
         file = self._create(path)
         try:
             self._sweep(os.fstat(file).st_ctime)
+            caller.borrow_buffers()
             for view in views:
                 _drain(file, view, caller)
             caller.free_buffers()

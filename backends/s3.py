@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from kvstore.backends.contract import (
     ReadResult,
 )
 from kvstore.backends.s3_body import PartsBody
+from kvstore.backends.sigv4 import Credentials
 from kvstore.errors import MisconfiguredError, RetryableError
 from kvstore.masking import without_user
 
@@ -34,6 +35,7 @@ class S3Options:
 
     endpoint_url, region  empty for what the AWS configuration chain says
     addressing_style      where the bucket's name stands in URLs; auto: in the host where that works
+    ca_bundle             file of certificate authorities for https; empty for AWS_CA_BUNDLE or the usual ones
     connect_timeout_s     to set up a connection
     read_timeout_s        between two pieces of an answer
     max_connections       requests in flight; more wait for one of them to end
@@ -43,6 +45,7 @@ class S3Options:
     endpoint_url: str = ""
     region: str = ""
     addressing_style: Literal["auto", "path", "virtual"] = "auto"
+    ca_bundle: str = ""
     connect_timeout_s: float = 5.0
     read_timeout_s: float = 15.0
     max_connections: int = 64
@@ -53,6 +56,20 @@ class S3Options:
         if not self.endpoint_url:
             return f"s3://{self.bucket}"
         return f"{without_user(self.endpoint_url).rstrip('/')}/{self.bucket}"
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """Where requests for a bucket's objects go, by boto's own rules.
+
+    url          of the bucket, its name in the host or the path
+    region       the one to sign for
+    credentials  gives those to sign with now, refreshed when they are about to expire
+    """
+
+    url: str
+    region: str
+    credentials: Callable[[], Awaitable[Credentials]]
 
 
 class S3Backend:
@@ -68,6 +85,7 @@ class S3Backend:
     def __init__(self, options: S3Options) -> None:
         self._options = options
         self._open_client = AsyncExitStack()
+        self._session: Any = None
         self._connecting: asyncio.Task[Any] | None = None
         self._closed = False
 
@@ -219,10 +237,10 @@ class S3Backend:
         """
         if self._closed:
             raise MisconfiguredError(f"the backend of {self.location} was used after close(); open another")
-        if self._connecting is None or _has_failed(self._connecting):
+        if self._connecting is None or has_failed(self._connecting):
             self._connecting = asyncio.create_task(self._connect())
             # Looks at its exception, which asyncio would report as lost if every caller has left.
-            self._connecting.add_done_callback(_has_failed)
+            self._connecting.add_done_callback(has_failed)
         return await asyncio.shield(self._connecting)
 
     async def _connect(self) -> Any:
@@ -231,8 +249,26 @@ class S3Backend:
         from kvstore.backends import s3_client, s3_errors
 
         with s3_errors.setting_up(self._options):
-            return await self._open_client.enter_async_context(s3_client.connect(self._options))
+            client, self._session = await self._open_client.enter_async_context(
+                s3_client.connect(self._options)
+            )
+            return client
+
+    async def locate(self) -> Located:
+        """Where and as whom boto would send a request for an object of the bucket."""
+        client = await self._connected()
+        from kvstore.backends import s3_client, s3_errors
+
+        with s3_errors.setting_up(self._options):
+            url, region = await s3_client.address_of(client, self._options.bucket)
+
+        async def credentials() -> Credentials:
+            with s3_errors.translated(self._options, "sign a request"):
+                return await s3_client.credentials_of(self._session)
+
+        return Located(url, region, credentials)
 
 
-def _has_failed(task: asyncio.Task[Any]) -> bool:
+def has_failed(task: asyncio.Task[Any]) -> bool:
+    """Whether a task has ended without a result."""
     return task.done() and (task.cancelled() or task.exception() is not None)

@@ -52,15 +52,19 @@ def date_of(response: Mapping[str, Any]) -> float:
     return parsedate_to_datetime(field_of(headers, "date")).timestamp()
 
 
-def answered_range(response: Mapping[str, Any], offset: int, wanted: int) -> AnsweredRange:
-    """What an answer to a GET of `wanted` bytes from `offset` holds, by its own headers."""
-    status = response["ResponseMetadata"]["HTTPStatusCode"]
-    body_bytes = response.get("ContentLength")
+def answered_range(
+    status: int, body_bytes: int | None, described: str, offset: int, wanted: int
+) -> AnsweredRange:
+    """What an answer to a GET of `wanted` bytes from `offset` holds, by its own headers.
+
+    body_bytes  by its Content-Length, None where it has none
+    described   its Content-Range, or anything else where it has none
+    """
     if status == _OK:
         # HTTP allows a server to ignore a range and send the whole object.
-        object_bytes = int(field_of(response, "ContentLength"))
-        return AnsweredRange(offset, max(0, min(wanted, object_bytes - offset)), object_bytes)
-    described = str(response.get("ContentRange"))
+        if body_bytes is None:
+            raise RetryableError("the store's answer has no Content-Length")
+        return AnsweredRange(offset, max(0, min(wanted, body_bytes - offset)), body_bytes)
     match = _CONTENT_RANGE.match(described)
     if status != _PARTIAL_CONTENT or match is None:
         raise RetryableError(f"the store answered a ranged read with HTTP {status}, range {described[:80]!r}")
@@ -80,7 +84,13 @@ async def receive(
     body = response["Body"]
     try:
         etag = etag_of(response)
-        answer = answered_range(response, offset, len(out))
+        answer = answered_range(
+            response["ResponseMetadata"]["HTTPStatusCode"],
+            response.get("ContentLength"),
+            str(response.get("ContentRange")),
+            offset,
+            len(out),
+        )
         if if_match is not None and if_match != etag:
             return ReadResult(0, answer.object_bytes, etag)
         if answer.length:

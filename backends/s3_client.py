@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
@@ -14,14 +16,34 @@ from typing import Any
 from aiobotocore.config import AioConfig
 from aiobotocore.httpsession import AIOHTTPSession
 from aiobotocore.session import AioSession
+from botocore.exceptions import MissingDependencyException, NoCredentialsError
+from botocore.httpsession import get_cert_path
 from botocore.loaders import Loader, create_loader
 
 from kvstore.backends.s3 import S3Options
+from kvstore.backends.sigv4 import Credentials
+
+_ANY_NAME = "object"
+
+
+_locating: ContextVar[bool] = ContextVar("_locating", default=False)
+
+
+class _Located(Exception):  # noqa: N818 no error: it carries what was to be known
+    """Ends a request before it is signed and sent."""
+
+    def __init__(self, url: str, region: str) -> None:
+        super().__init__(url)
+        self.url = url
+        self.region = region
 
 
 @asynccontextmanager
-async def connect(options: S3Options) -> AsyncIterator[Any]:
-    """A client for the running event loop, set up from `options` and the AWS configuration chain."""
+async def connect(options: S3Options) -> AsyncIterator[tuple[Any, AioSession]]:
+    """A client for the running event loop, set up from `options` and the AWS configuration chain.
+
+    With it the session that has its credentials.
+    """
     session = AioSession()
     session.register_component("data_loader", _loader(session.get_config_variable("data_path")))
     events = session.get_component("event_emitter")
@@ -32,6 +54,7 @@ async def connect(options: S3Options) -> AsyncIterator[Any]:
         endpoint_url=options.endpoint_url or None,
         # botocore itself reads AWS_DEFAULT_REGION alone; other AWS SDKs set and read AWS_REGION.
         region_name=options.region or os.environ.get("AWS_REGION") or None,
+        verify=options.ca_bundle or None,
         config=_config(options),
     ) as client:
         # TLS protects a body, over plain http the signature must. Only the client knows which it
@@ -39,7 +62,34 @@ async def connect(options: S3Options) -> AsyncIterator[Any]:
         encrypted = client.meta.endpoint_url.startswith("https:")
         client.meta.events.register_first("needs-retry.s3", _leave_region)
         client.meta.config.s3 = {**client.meta.config.s3, "payload_signing_enabled": not encrypted}
-        yield client
+        client.meta.events.register_first("before-sign.s3.HeadObject", _stop_if_locating)
+        yield client, session
+
+
+async def address_of(client: Any, bucket: str) -> tuple[str, str]:
+    """The URL of `bucket` and the region to sign for, as `client` would have them. Sends nothing."""
+    locating = _locating.set(True)
+    try:
+        await client.head_object(Bucket=bucket, Key=_ANY_NAME)
+    except _Located as located:
+        return located.url.removesuffix(f"/{_ANY_NAME}"), located.region
+    finally:
+        _locating.reset(locating)
+    raise MissingDependencyException(msg="botocore made a request without signing it")
+
+
+async def credentials_of(session: AioSession) -> Credentials:
+    """What to sign with now; credentials about to expire are refreshed. Raises NoCredentialsError."""
+    credentials = await session.get_credentials()
+    if credentials is None:
+        raise NoCredentialsError
+    frozen = await credentials.get_frozen_credentials()
+    return Credentials(frozen.access_key, frozen.secret_key, frozen.token or "")
+
+
+def _stop_if_locating(request: Any, region_name: str, **_: Any) -> None:
+    if _locating.get():
+        raise _Located(request.url, request.context.get("signing", {}).get("region") or region_name)
 
 
 @cache
@@ -89,3 +139,17 @@ def _add_md5(request: Any, **_: Any) -> None:
     # Many stores refuse DeleteObjects with the CRC32 that botocore sends in place of the MD5.
     digest = hashlib.md5(request.data, usedforsecurity=False).digest()
     request.headers["Content-MD5"] = base64.b64encode(digest).decode()
+
+
+def tls_context(options: S3Options) -> ssl.SSLContext:
+    """How to verify a server: by the certificates that boto takes, and the system's own.
+
+    Raises OSError for a bundle that cannot be read.
+    """
+    session = AioSession()
+    bundle = options.ca_bundle or session.get_config_variable("ca_bundle")
+    if bundle:
+        return ssl.create_default_context(cafile=bundle)
+    context = ssl.create_default_context()
+    context.load_verify_locations(get_cert_path(verify=True))
+    return context

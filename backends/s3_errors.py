@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import ssl
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,11 +17,12 @@ from botocore import exceptions as boto
 from botocore.exceptions import ClientError
 from botocore.parsers import ResponseParserError
 
+from kvstore.backends.http_message import BadAnswerError
 from kvstore.backends.s3 import S3Options
 from kvstore.errors import KVStoreError, MisconfiguredError, RetryableError
 from kvstore.masking import without_user
 
-__all__ = ["ClientError", "is_absence", "raise_refused", "setting_up", "status_of", "translated"]
+__all__ = ["ClientError", "is_absence", "raise_refused", "refusal", "setting_up", "status_of", "translated"]
 
 NOT_FOUND = 404
 PRECONDITION_FAILED = 412
@@ -30,7 +32,15 @@ _BAD_REQUEST = 400
 _SERVER_ERROR = 500
 
 # ValueError: a header of an answer that botocore cannot parse.
-_FOREIGN = (boto.BotoCoreError, ClientError, ResponseParserError, aiohttp.ClientError, OSError, ValueError)
+_FOREIGN = (
+    boto.BotoCoreError,
+    ClientError,
+    ResponseParserError,
+    aiohttp.ClientError,
+    OSError,
+    ValueError,
+    BadAnswerError,
+)
 _CREDENTIAL_ERRORS = (
     boto.NoCredentialsError,
     boto.PartialCredentialsError,
@@ -52,7 +62,13 @@ _SETTING_ERRORS = (
     boto.InvalidProxiesConfigError,
     boto.MissingDependencyException,
 )
-_TRANSPORT_ERRORS = (boto.HTTPClientError, boto.ConnectionError, aiohttp.ClientError, OSError)
+_TRANSPORT_ERRORS = (
+    boto.HTTPClientError,
+    boto.ConnectionError,
+    aiohttp.ClientError,
+    OSError,
+    BadAnswerError,
+)
 
 _CREDENTIALS_FIX = (
     "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, to credentials that are valid for it"
@@ -118,13 +134,12 @@ _RETRYABLE_CODES = (
 @contextlib.contextmanager
 def translated(options: S3Options, action: str) -> Iterator[None]:
     """Raise what the body raises as the contract's errors. `action` says what was tried."""
-    what = f"cannot {action} in {options.location}"
     try:
         yield
     except ClientError as error:
-        raise _refusal(what, code_of(error), status_of(error), _region_of(error)) from error
+        raise refusal(_what(options, action), code_of(error), status_of(error), _region_of(error)) from error
     except _FOREIGN as error:
-        raise _failure(what, error) from error
+        raise _failure(_what(options, action), error) from error
 
 
 @contextlib.contextmanager
@@ -139,10 +154,14 @@ def setting_up(options: S3Options) -> Iterator[None]:
         raise _failure(what, error) from error
 
 
+def _what(options: S3Options, action: str) -> str:
+    return f"cannot {action} in {options.location}"
+
+
 def raise_refused(options: S3Options, refused: Sequence[Mapping[str, Any]]) -> None:
     """Raise if DeleteObjects refused names; a cause that a person must mend goes first."""
     errors = [
-        _refusal(f"cannot delete {entry.get('Key')!r} in {options.location}", str(entry.get("Code")), 0)
+        refusal(f"cannot delete {entry.get('Key')!r} in {options.location}", str(entry.get("Code")), 0)
         for entry in refused
         if entry.get("Code") != "NoSuchKey"
     ]
@@ -173,7 +192,13 @@ def _region_of(error: ClientError) -> str:
     return region if _REGION.match(region) else ""
 
 
-def _refusal(what: str, code: str, status: int, region: str = "") -> KVStoreError:
+def refusal(what: str, code: str, status: int, region: str = "") -> KVStoreError:
+    """The error for an answer that says no.
+
+    what    what was tried, and where
+    code    the store's own, such as NoSuchBucket; the HTTP status in digits where it sent none
+    region  where the bucket is, if the store tells
+    """
     shown = code[:60] if code.isascii() and code.isprintable() else "something unreadable"
     message = f"{what}: the store answered {shown}"
     if status and code != str(status):
@@ -200,7 +225,7 @@ def _failure(what: str, error: Exception) -> KVStoreError:
         return MisconfiguredError(f"{what}: {kind}; {_CREDENTIALS_FIX}")
     # Only these are quoted: others may repeat what a credential helper printed.
     quoted = f"{what}: {kind}: {without_user(str(error))}"
-    if isinstance(error, boto.SSLError):
+    if isinstance(error, boto.SSLError | ssl.SSLCertVerificationError):
         return MisconfiguredError(f"{quoted}; {_TLS_FIX}")
     if isinstance(error, _SETTING_ERRORS):
         return MisconfiguredError(f"{quoted}; {_SETTINGS_FIX}")
