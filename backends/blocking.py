@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
@@ -45,18 +45,23 @@ class Caller:
             if interrupt is not None:
                 self.check()
 
-    def borrow_buffers(self) -> None:
-        """Say that the work begins to read or fill buffers of the caller, who waits if cancelled."""
+    @contextlib.contextmanager
+    def buffers(self) -> Iterator[None]:
+        """Only within this context does work read or fill buffers of the caller, who waits for its end.
+
+        Raises AbandonedError when the caller was cancelled. Whatever may block without end within
+        it must be something that `interrupt_with` ends.
+        """
         with self._lock:
             self.check()
             self._borrowed = True
-
-    def free_buffers(self) -> None:
-        """Promise that the work will not touch the caller's buffers any more."""
-        with self._lock:
-            self._borrowed = False
-            if self._freed is not None:
-                self._loop.call_soon_threadsafe(_set, self._freed)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._borrowed = False
+                if self._freed is not None:
+                    self._loop.call_soon_threadsafe(_set, self._freed)
 
     def leave(self) -> asyncio.Future[None] | None:
         """Say that nobody waits for the result any more. Returns what ends when no buffer is borrowed."""
@@ -87,7 +92,6 @@ class _Job(Generic[T]):
             self._error = error
         finally:
             self.caller.interrupt_with(None)
-            self.caller.free_buffers()
 
     def settle(self) -> None:
         if self.ended.done():
@@ -121,8 +125,7 @@ class BlockingCalls:
         """The result of `work(caller)`.
 
         Cancelled while work is queued: it never runs. Cancelled while work runs: ends at once, or
-        as soon as no buffer is borrowed any more, which is soon if work calls `caller.check()`
-        often or can be interrupted. What work does after that nobody waits for.
+        as soon as work leaves `caller.buffers()`. What work does after that nobody waits for.
         """
         if self._closed:
             raise MisconfiguredError(f"{self._name} was used after close(); open another one")

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 import stat
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ from kvstore.errors import MisconfiguredError, RetryableError
 RESERVED_FOLDER = ".tmp"
 # Bytes moved between two looks at whether the caller is still there.
 _STEP_BYTES = 1 << 20
+_own = threading.local()
 # Deletes of other processes may remove the folder between making it and linking into it.
 _PUBLISH_ATTEMPTS = 100
 # The system marks a file as changed at every write, so only one whose writer died gets this old.
@@ -66,7 +68,6 @@ def read(path: Path, offset: int, out: memoryview, if_match: str | None, caller:
         length = max(0, min(len(out), found.st_size - offset))
         if if_match is not None and if_match != version:
             length = 0
-        caller.borrow_buffers()
         _fill(file, offset, out[:length], caller)
         return ReadResult(length, found.st_size, version)
     finally:
@@ -105,7 +106,7 @@ class ObjectWriter:
         self._swept = False
 
     def put(self, path: Path, views: Sequence[memoryview], caller: Caller, *, if_absent: bool) -> PutResult:
-        """Store `views` at `path` as Backend.put does; frees the caller's buffers when they are written."""
+        """Store `views` at `path` as Backend.put does."""
         if if_absent and (found := status(path)) is not None:
             return PutResult(PutStatus.EXISTS, etag(found))
         unfinished = self._new_path()
@@ -141,10 +142,8 @@ class ObjectWriter:
         file = self._create(path)
         try:
             self._sweep(os.fstat(file).st_ctime)
-            caller.borrow_buffers()
             for view in views:
                 _drain(file, view, caller)
-            caller.free_buffers()
             # The system's own stamps are as coarse as some milliseconds, in which a file may be
             # replaced by one with the same inode; a stamp to the nanosecond tells them apart.
             now_ns = time.time_ns()
@@ -166,21 +165,36 @@ class ObjectWriter:
                     Path(entry.path).unlink()
 
 
+def _own_buffer() -> memoryview:
+    """Memory of the running thread, for one step."""
+    if not hasattr(_own, "buffer"):
+        _own.buffer = memoryview(bytearray(_STEP_BYTES))
+    buffer: memoryview = _own.buffer
+    return buffer
+
+
 def _fill(file: int, offset: int, out: memoryview, caller: Caller) -> None:
+    # A file system may hang in any call, and then keeps the memory it was given: not the caller's.
+    step = _own_buffer()
     filled = 0
     while filled < len(out):
         caller.check()
-        count = os.preadv(file, [out[filled : filled + _STEP_BYTES]], offset + filled)
+        count = os.preadv(file, [step[: len(out) - filled]], offset + filled)
         if not count:
             raise RetryableError("an object's file was cut short while it was read; read it again")
+        with caller.buffers():
+            out[filled : filled + count] = step[:count]
         filled += count
 
 
 def _drain(file: int, view: memoryview, caller: Caller) -> None:
+    step = _own_buffer()  # as in _fill
     written = 0
     while written < len(view):
-        caller.check()
-        written += os.write(file, view[written : written + _STEP_BYTES])
+        count = min(len(view) - written, len(step))
+        with caller.buffers():
+            step[:count] = view[written : written + count]
+        written += os.write(file, step[:count])
 
 
 def _publish(unfinished: Path, path: Path, version: str, *, if_absent: bool) -> PutResult:

@@ -178,11 +178,8 @@ def _exchange(caller: Caller, connection: Connection, head: bytes, request: _Req
     if not request.parts:
         connection.exchange(request.method, head)
         return
-    caller.borrow_buffers()
-    try:
+    with caller.buffers():
         connection.exchange(request.method, head, request.parts)
-    finally:
-        caller.free_buffers()
 
 
 def _receive(
@@ -196,8 +193,8 @@ def _receive(
         return ReadResult(0, found.object_bytes, etag)
     if found.length:
         _skip(caller, connection, found.skipped_bytes)
-        caller.borrow_buffers()
-        connection.receive_into(out[: found.length])
+        with caller.buffers():
+            connection.receive_into(out[: found.length])
     return ReadResult(found.length, found.object_bytes, etag)
 
 

@@ -64,7 +64,8 @@ class Arena:
         self._lock = threading.Lock()
         # Pages are touched first when a slot is first used; the last slot freed is the next one
         # taken, so that the memory in use stays warm and small.
-        self._mapping = mmap.mmap(-1, self.slot_bytes * slots)
+        # Private: a forked child has bookkeeping of its own, and must have memory of its own too.
+        self._mapping = mmap.mmap(-1, self.slot_bytes * slots, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         view = memoryview(self._mapping)
         self._slots = tuple(
             Slot(self, i, view[i * self.slot_bytes : (i + 1) * self.slot_bytes]) for i in range(slots)

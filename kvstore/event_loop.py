@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import os
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 from kvstore.errors import StoreClosedError
 
 T = TypeVar("T")
+FORKED = "the store was opened in another process; after a fork, open one of the child's own"
 _CLOSED = "the store is closed; open another with KVStore.open"
 
 
@@ -20,6 +22,7 @@ class EventLoopThread:
 
     Engines have loops of their own, or none; the store never runs on theirs. What was submitted
     before `close` runs to its end or is cancelled; what comes later raises StoreClosedError.
+    So does what comes from a forked child, where the thread does not exist.
     """
 
     def __init__(self, workers: int) -> None:
@@ -27,11 +30,21 @@ class EventLoopThread:
         self._workers = concurrent.futures.ThreadPoolExecutor(workers, "kvstore-worker")
         self._submitting = threading.Lock()
         self._closed = False
+        self._process = os.getpid()
         self._thread = threading.Thread(target=self._loop.run_forever, name="kvstore-loop", daemon=True)
         self._thread.start()
 
+    @property
+    def forked(self) -> bool:
+        """Whether this process is a child of the one that started the loop."""
+        return os.getpid() != self._process
+
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
         """Start a coroutine on the loop, from any thread. Its future is not to be cancelled."""
+        # First: a lock may have been held when the process was forked.
+        if self.forked:
+            coroutine.close()
+            raise StoreClosedError(FORKED)
         with self._submitting:
             if not self._closed:
                 return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
@@ -46,7 +59,12 @@ class EventLoopThread:
             raise StoreClosedError(_CLOSED) from None
 
     def call(self, function: Callable[[], None]) -> None:
-        """Have the loop call a function soon, from any thread. After close() nothing happens."""
+        """Have the loop call a function soon, from any thread.
+
+        After close(), and in a forked child, nothing happens.
+        """
+        if self.forked:
+            return
         with self._submitting:
             if not self._closed:
                 self._loop.call_soon_threadsafe(function)

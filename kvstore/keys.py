@@ -3,7 +3,7 @@
 The chain is SHA-256 with length-framed input, so no two inputs share a byte string:
 
     h0 = H(tag, namespace digest, tenant salt)
-    hi = H(h(i-1), token count, token ids as little-endian u32, extra keys)
+    hi = H(h(i-1), token ids as little-endian u32, extra keys ...)
 """
 
 from __future__ import annotations

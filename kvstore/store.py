@@ -7,7 +7,8 @@ import concurrent.futures
 import logging
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
@@ -19,10 +20,10 @@ from kvstore.chunk_fetch import ChunkFetcher
 from kvstore.chunk_writer import ChunkWriter
 from kvstore.codecs.registry import parse_codec
 from kvstore.errors import LayoutMismatchError, MisconfiguredError, StoreClosedError
-from kvstore.event_loop import EventLoopThread
+from kvstore.event_loop import FORKED, EventLoopThread
 from kvstore.fetch_gate import FetchGate
 from kvstore.handles import Durability, FlushReport, LoadHandle, LookupResult, SaveHandle, SaveOutcome
-from kvstore.keys import ChunkKey, PrefixChain
+from kvstore.keys import ChunkKey, PrefixChain, format_folder
 from kvstore.layout import ChunkForm, KVLayout, Shard
 from kvstore.lookup import Lookups
 from kvstore.memory_tier import MemoryTier
@@ -72,7 +73,12 @@ class KVStore:
         return cls(form, settings, backend or open_backend(settings))
 
     def __init__(self, form: ChunkForm, settings: Settings, backend: Backend) -> None:
+        limits = FetchLimits()
         self._memory = _memory_tier(form, settings)
+        with _allocating("KVSTORE_FETCH_CONCURRENCY", settings.fetch_concurrency):
+            scratch = Arena(ChunkFetcher.scratch_bytes(form, limits), settings.fetch_concurrency)
+        with _allocating("KVSTORE_UPLOAD_CONCURRENCY", settings.upload_concurrency):
+            writer = ChunkWriter(form, parse_codec(settings.codec), settings.upload_concurrency)
         self.form = form
         self.metrics = Metrics()
         self._settings = settings
@@ -89,8 +95,8 @@ class KVStore:
             metrics=self.metrics,
             warn=self._warn,
         )
-        self._reads = self._read_path()
-        self._writes = self._write_behind()
+        self._reads = self._read_path(limits, scratch)
+        self._writes = self._write_behind(writer)
         self._closing = threading.Lock()
         self._closed = False
         self._connected = self._loop.submit(self._connect())
@@ -197,7 +203,12 @@ class KVStore:
         return self._loop.run(self._writes.flush(_given(timeout_s, self._settings.close_timeout_s)))
 
     def close(self) -> FlushReport:
-        """Flush for KVSTORE_CLOSE_TIMEOUT_S, drop what is left, and release everything."""
+        """Flush for KVSTORE_CLOSE_TIMEOUT_S, drop what is left, and release everything.
+
+        Does nothing in a forked child: the store is its parent's.
+        """
+        if self._loop.forked:
+            return FlushReport(0, 0)
         with self._closing:
             if self._closed:
                 return FlushReport(0, 0)
@@ -225,8 +236,7 @@ class KVStore:
     ) -> None:
         self.close()
 
-    def _read_path(self) -> ReadPath:
-        limits = FetchLimits()
+    def _read_path(self, limits: FetchLimits, scratch: Arena) -> ReadPath:
         fetcher = ChunkFetcher(
             backend=self._backend,
             prefix=self._settings.prefix,
@@ -234,7 +244,7 @@ class KVStore:
             limits=limits,
             gate=FetchGate(self._settings.fetch_concurrency),
             loop=self._loop,
-            scratch=Arena(ChunkFetcher.scratch_bytes(self.form, limits), self._settings.fetch_concurrency),
+            scratch=scratch,
         )
         return ReadPath(
             form=self.form,
@@ -246,27 +256,31 @@ class KVStore:
             warn=self._warn,
         )
 
-    def _write_behind(self) -> WriteBehind:
+    def _write_behind(self, writer: ChunkWriter) -> WriteBehind:
         settings = self._settings
-        codec = parse_codec(settings.codec)
         return WriteBehind(
             backend=self._backend,
             prefix=settings.prefix,
-            writer=ChunkWriter(self.form, codec, settings.upload_concurrency),
+            writer=writer,
             form=self.form,
-            limits=UploadLimits(
-                settings.upload_queue_bytes, settings.upload_concurrency, settings.upload_timeout_s
-            ),
+            limits=UploadLimits(self._queue_chunks(), settings.upload_concurrency, settings.upload_timeout_s),
             presence=self._presence,
             metrics=self.metrics,
             loop=self._loop,
             warn=self._warn,
         )
 
+    def _queue_chunks(self) -> int:
+        """How many chunks may wait for upload: they hold their slots, and loads need some too."""
+        slots = self._memory.arena.slots
+        return min(self._settings.upload_queue_bytes // self.form.raw_bytes, slots - max(1, slots // 4))
+
     async def _connect(self) -> bool:
         """Loading an S3 client takes longer than a lookup may; trouble is said before the first one."""
         try:
-            await self._backend.clock_s()
+            # A listing, as it writes nothing and tells a missing bucket from a missing object.
+            async for _ in self._backend.list(format_folder(self._settings.prefix)):
+                break
         except Exception as error:
             self._warn(
                 BACKEND_TROUBLE, f"{self._backend.location} cannot be used, engines compute cold: {error}"
@@ -332,6 +346,8 @@ class KVStore:
             raise MisconfiguredError(f"{span} is no span of a chain of {len(chain)} chunks")
 
     def _check_open(self) -> None:
+        if self._loop.forked:
+            raise StoreClosedError(FORKED)
         if self._closed:
             raise StoreClosedError("the store is closed; open another with KVStore.open")
 
@@ -356,11 +372,17 @@ def _memory_tier(form: ChunkForm, settings: Settings) -> MemoryTier:
             f"KVSTORE_UPLOAD_QUEUE_BYTES={settings.upload_queue_bytes} holds no chunk of {form.raw_bytes} "
             "bytes, so nothing would ever be saved; set it to that or more"
         )
-    try:
+    with _allocating("KVSTORE_MEMORY_BYTES", settings.memory_bytes):
         return MemoryTier(slot_bytes, slots)
+
+
+@contextmanager
+def _allocating(variable: str, value: int) -> Iterator[None]:
+    try:
+        yield
     except (OSError, OverflowError) as error:
         raise MisconfiguredError(
-            f"KVSTORE_MEMORY_BYTES={settings.memory_bytes} cannot be had: {error}; set it to less"
+            f"{variable}={value} takes memory that cannot be had: {error}; set it to less"
         ) from None
 
 

@@ -31,7 +31,7 @@ _log = logging.getLogger("kvstore.write_behind")
 class UploadLimits:
     """Bounds of the queue. An upload that takes longer than timeout_s, retries included, fails."""
 
-    queue_bytes: int
+    queue_chunks: int
     concurrency: int
     timeout_s: float
 
@@ -80,7 +80,7 @@ class WriteBehind:
         """Hold a place in the queue for one chunk while it is gathered; False when the queue is full."""
         with self._lock:
             taken = len(self._uploads) + self._reserved
-            reserved = (taken + 1) * self._form.raw_bytes <= self._limits.queue_bytes
+            reserved = taken < self._limits.queue_chunks
             self._reserved += reserved
         try:
             yield reserved

@@ -53,6 +53,9 @@ def moto_bucket() -> Iterator[dict[str, str]]:
             "KVSTORE_REGION": "us-east-1",
             "AWS_ACCESS_KEY_ID": "moto",
             "AWS_SECRET_ACCESS_KEY": "moto",
+            # No proxy of this machine can reach a server on it.
+            "NO_PROXY": "127.0.0.1",
+            "no_proxy": "127.0.0.1",
         }
         _create_bucket(endpoint, environment)
         yield environment
@@ -60,6 +63,7 @@ def moto_bucket() -> Iterator[dict[str, str]]:
 
 def _create_bucket(endpoint: str, environment: dict[str, str]) -> None:
     import boto3
+    from botocore.config import Config
 
     client = boto3.client(
         "s3",
@@ -67,6 +71,7 @@ def _create_bucket(endpoint: str, environment: dict[str, str]) -> None:
         region_name=environment["KVSTORE_REGION"],
         aws_access_key_id=environment["AWS_ACCESS_KEY_ID"],
         aws_secret_access_key=environment["AWS_SECRET_ACCESS_KEY"],
+        config=Config(proxies={}),
     )
     try:
         client.create_bucket(Bucket=BUCKET)

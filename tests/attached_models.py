@@ -62,8 +62,8 @@ def generate(model, ids, **options):
     return model.generate(ids, **{**plain, **options})
 
 
-def fill(model, objects, ids, **options):
-    with attached(model, objects) as attachment:
+def fill(model, objects, ids, *, weights_revision=None, **options):
+    with attached(model, objects, weights_revision=weights_revision) as attachment:
         generate(model, ids, **options)
         return attachment.last
 

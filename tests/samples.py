@@ -323,8 +323,10 @@ class ScriptedBackend:
         await self._called(Call("head", name))
         return await self._inner.head(name)
 
-    def list(self, prefix: str, *, start_after: str = "") -> AsyncIterator[ObjectInfo]:
-        return self._inner.list(prefix, start_after=start_after)
+    async def list(self, prefix: str, *, start_after: str = "") -> AsyncIterator[ObjectInfo]:
+        await self._called(Call("list", prefix))
+        async for info in self._inner.list(prefix, start_after=start_after):
+            yield info
 
     async def delete(self, names: Sequence[str]) -> None:
         await self._inner.delete(names)
@@ -355,7 +357,7 @@ def stored_chunks(
 ) -> dict[str, StoredObject]:
     """The objects of a chain, as a store of its own writes them."""
     backend = ScriptedBackend()
-    settings = {"codec": codec, "close_timeout_s": PATIENCE_S, "memory_bytes": 64 * form.raw_bytes}
+    settings = {"codec": codec, "close_timeout_s": PATIENCE_S, "memory_bytes": 192 * form.raw_bytes}
     with store_of(backend, form.layout, **settings) as store:
         store.save(chain, range(len(chain)), Pages(len(chain), form, text))
     return {name: found for name, found in backend.objects.items() if not name.endswith(".json")}

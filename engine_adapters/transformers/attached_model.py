@@ -11,6 +11,7 @@ from kvstore.engine_adapters.transformers.weights import WeightsWatch
 from kvstore.kernels.contract import PageCopier
 from kvstore.namespace import Namespace
 from kvstore.store import KVStore
+from kvstore.warn import WarnRarely
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class AttachedModel:
     namespace: Namespace
     store: KVStore
     copier: PageCopier
+    warn: WarnRarely
 
     @property
     def chunk_tokens(self) -> int:

@@ -25,6 +25,7 @@ from kvstore.layout import KVLayout
 from kvstore.namespace import Namespace
 from kvstore.settings import Settings, load_settings
 from kvstore.store import KVStore
+from kvstore.warn import WarnRarely
 
 _log = logging.getLogger("kvstore.transformers")
 _PREFILL = "_prefill"
@@ -68,7 +69,9 @@ def attach(
     weights = WeightsWatch(model)
     namespace = model_namespace(model, layout, weights_revision)
     used = KVStore.open(layout, settings=settings) if store is None else store
-    attached = AttachedModel(model, geometry, weights, namespace, used, TorchPageCopier(used.form))
+    attached = AttachedModel(
+        model, geometry, weights, namespace, used, TorchPageCopier(used.form), WarnRarely(_log)
+    )
     return Attachment(attached, owns_store=store is None)
 
 

@@ -16,7 +16,6 @@ from kvstore.engine_adapters.transformers.attached_model import AttachedModel
 from kvstore.engine_adapters.transformers.bypass import BypassReason, bypass_by_prefill, is_plain
 from kvstore.engine_adapters.transformers.cache import CacheSource, LoadFellShortError
 from kvstore.engine_adapters.transformers.restore import PrefixRestore
-from kvstore.errors import KVStoreError
 from kvstore.handles import SaveOutcome
 from kvstore.keys import PrefixChain
 
@@ -123,8 +122,9 @@ class GenerateCall:
         restore.abandon()
         if chunks:
             self.bypass = BypassReason.UNKNOWN_PREFILL
-            _log.warning(
-                "generate() computed tokens that its cache held already; the prompt is computed again"
+            self._attached.warn(
+                "computed again",
+                "generate() computed tokens that its cache held already; the prompt is computed again",
             )
         return None
 
@@ -166,8 +166,8 @@ class GenerateCall:
 
     def _store_failed(self, what: str, error: Exception) -> None:
         self.bypass = BypassReason.STORE_FAILED
-        # A store that is closed, say, needs no traceback; a defect does.
-        _log.error("%s and is computed: %s", what, error, exc_info=not isinstance(error, KVStoreError))
+        self._attached.warn(what, f"{what} and is computed: {error!r}")
+        _log.debug("%s", what, exc_info=True)
 
     def _save_row(self, row: int, tokens: list[int], cache: DynamicCache) -> None:
         attached, prompt = self._attached, self._prompts[row]

@@ -62,7 +62,7 @@ def attention_text(model: PreTrainedModel) -> str:
     config = model.config.get_text_config(decoder=True).to_dict()
     described = {name: value for name, value in config.items() if name not in _INERT_FIELDS}
     described["implementation"] = {
-        "class": type(model).__name__,
+        "class": f"{type(model).__module__}.{type(model).__qualname__}",
         "attention": attention_implementation(model),
         "engine": "transformers",
     }

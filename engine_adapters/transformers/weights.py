@@ -16,6 +16,10 @@ _REMEDY = "pass weights_revision=... that names these exact weights"
 # Names, not types: peft is not imported here, and may not be installed.
 _ADAPTER_LAYERS = frozenset({"BaseTunerLayer", "AuxiliaryTrainingWrapper"})
 
+_PLAIN_TYPES = frozenset({bool, int, float, str})
+# The first has a check of its own, the second is a note of the longest input so far.
+_CHANGING_ATTRIBUTES = frozenset({"training", "max_seq_len_cached"})
+
 AdapterState = tuple[tuple[str, bool, tuple[str, ...]], ...]
 
 
@@ -29,6 +33,7 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
         raise UnsupportedModelError(
             f"{type(model).__name__} is quantized, and keeps state outside of its tensors; {_REMEDY}"
         )
+    refuse_hooks(model)
     whole = xxhash.xxh3_128()
     for name, tensor in sorted(_tensors(model)):
         if tensor.is_meta or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
@@ -53,11 +58,11 @@ def adapter_state(model: PreTrainedModel) -> AdapterState:
 
 
 class WeightsWatch:
-    """Notices that the weights of a model are not what they were when the watch was made.
+    """Notices that a model does not compute what it did when the watch was made.
 
-    Costs about a microsecond a tensor: it looks at addresses and version counters, not at bytes.
-    Writes through `tensor.data` or from outside of torch leave no trace there; after those,
-    attach again.
+    Costs about a microsecond a tensor and a few a module: it looks at addresses and version
+    counters, not at bytes, and at modules' hooks and plain attributes. Writes through `tensor.data`
+    or from outside of torch leave no trace there; after those, attach again.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -71,7 +76,7 @@ class WeightsWatch:
         self._seen = self._look()
 
     def changed(self) -> bool:
-        """Whether any parameter, buffer, PEFT layer or the attention implementation is another now."""
+        """Whether any tensor, hook, number or text of a module, or the attention code is another now."""
         return self._look() != self._seen
 
     def _look(self) -> list[object]:
@@ -80,12 +85,46 @@ class WeightsWatch:
             (name, id(tensor), _address(tensor), tensor._version, tensor.dtype, tensor.device)  # noqa: SLF001 no public name
             for name, tensor in _tensors(model)
         ]
-        return [*tensors, adapter_state(model), attention_implementation(model)]
+        return [*tensors, adapter_state(model), attention_implementation(model), _code_state(model)]
+
+
+def refuse_hooks(model: PreTrainedModel) -> None:
+    """Raise UnsupportedModelError if hooks may change what the weights compute."""
+    for name, module in model.named_modules():
+        if _hooks(module):
+            raise UnsupportedModelError(
+                f"{name or type(module).__name__} has forward hooks, and what they do to the KV cannot be "
+                f"told; remove them, or {_REMEDY} and what the hooks do"
+            )
 
 
 def attention_implementation(model: PreTrainedModel) -> str:
     """Which attention code runs: `sdpa`, `eager`, a flash kernel's name, ..."""
     return str(getattr(model.config, "_attn_implementation", None))
+
+
+def _code_state(model: PreTrainedModel) -> list[object]:
+    """What else the forward pass depends on: hooks, replaced methods, and numbers and texts of modules."""
+    found: list[object] = []
+    for module in model.modules():
+        own = vars(module)
+        found.append((*_hooks(module), id(own.get("forward"))))
+        found += [
+            (name, value)
+            for name, value in own.items()
+            if type(value) in _PLAIN_TYPES and name not in _CHANGING_ATTRIBUTES
+        ]
+    return found
+
+
+def _hooks(module: torch.nn.Module) -> list[int]:
+    """Handles of the hooks that may change what a module computes; transformers' own only take notes."""
+    hooks = {**module._forward_hooks, **module._forward_pre_hooks}  # noqa: SLF001 no public name
+    return [
+        handle
+        for handle, hook in hooks.items()
+        if not str(getattr(hook, "__module__", "")).startswith("transformers.")
+    ]
 
 
 def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:

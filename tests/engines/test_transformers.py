@@ -66,7 +66,7 @@ def test_half_precision_and_prefill_in_pieces_restore_bit_equal(objects):
 
 def test_each_layer_waits_for_its_own_bytes_while_later_layers_are_in_flight(llama, objects, monkeypatch):
     cold = generate(llama, prompt())
-    fill(llama, objects, prompt())
+    fill(llama, objects, prompt(), weights_revision="1")
     ran = [threading.Event() for _ in llama.model.layers]
     released = []
 
@@ -77,10 +77,12 @@ def test_each_layer_waits_for_its_own_bytes_while_later_layers_are_in_flight(lla
     def note(layer):
         return lambda *_: ran[layer].set()
 
-    with attached(llama, objects) as attachment:
+    hooks = [layer.register_forward_hook(note(i)) for i, layer in enumerate(llama.model.layers)]
+    with attached(llama, objects, weights_revision="1") as attachment:
         intercept(attachment.store, deliver_after_the_layer_before_has_run, monkeypatch)
-        # Only now: attach runs the model, too.
-        hooks = [layer.register_forward_hook(note(i)) for i, layer in enumerate(llama.model.layers)]
+        # attach runs the model, too.
+        for event in ran:
+            event.clear()
         warm = generate(llama, prompt())
         assert (attachment.last.reused_tokens, attachment.last.fell_short) == (56, False)
     for hook in hooks:
@@ -260,12 +262,11 @@ def test_what_is_restored_is_not_copied_to_append_the_rest_of_the_prompt(llama, 
 
 
 def test_a_layer_s_loaded_copy_is_let_go_once_the_model_has_its_own(llama, objects, loaded_keys):
-    fill(llama, objects, prompt())
+    fill(llama, objects, prompt(), weights_revision="1")
     held = []
-    with attached(llama, objects):
-        hook = llama.model.layers[3].register_forward_hook(
-            lambda *_: held.append([r() for r, _ in loaded_keys])
-        )
+    hook = llama.model.layers[3].register_forward_hook(lambda *_: held.append([r() for r, _ in loaded_keys]))
+    with attached(llama, objects, weights_revision="1"):
+        held.clear()  # attach runs the model, too
         generate(llama, prompt(), max_new_tokens=1, prefill_chunk_size=2)
         hook.remove()
     assert len(loaded_keys) == 4

@@ -21,7 +21,7 @@ from kvstore.keys import object_name
 @pytest.mark.parametrize("failing", [0, 2, 3])
 def test_a_load_that_fails_at_a_layer_is_not_seen(failing, llama, objects, monkeypatch):
     cold = generate(llama, prompt())
-    fill(llama, objects, prompt())
+    fill(llama, objects, prompt(), weights_revision="1")
 
     def fail(layer, indices, sections):
         if layer == failing:
@@ -33,9 +33,10 @@ def test_a_load_that_fails_at_a_layer_is_not_seen(failing, llama, objects, monke
     def note(layer, inputs, output):
         prefills.append(inputs[0].shape[1])
 
-    with attached(llama, objects) as attachment:
+    hook = llama.model.layers[failing].register_forward_hook(note)
+    with attached(llama, objects, weights_revision="1") as attachment:
+        prefills.clear()  # attach runs the model, too
         intercept(attachment.store, fail, monkeypatch)
-        hook = llama.model.layers[failing].register_forward_hook(note)
         warm = generate(llama, prompt(), streamer=streamer)
         hook.remove()
         assert attachment.last.fell_short
@@ -50,8 +51,8 @@ def test_a_load_that_fails_at_a_layer_is_not_seen(failing, llama, objects, monke
 
 
 def test_a_call_that_ends_by_an_error_leaves_no_load_behind(llama, objects, monkeypatch):
-    fill(llama, objects, prompt())
-    gate, scattered, handles = threading.Event(), [], []
+    fill(llama, objects, prompt(), weights_revision="1")
+    gate, scattered, handles, failing = threading.Event(), [], [], threading.Event()
 
     def hold(layer, indices, sections):
         if layer > 1:
@@ -59,11 +60,14 @@ def test_a_call_that_ends_by_an_error_leaves_no_load_behind(llama, objects, monk
         scattered.append(layer)
 
     def fail(*_):
+        if not failing.is_set():
+            return
         # Released so late that a load which nobody ends would still be under way.
         threading.Timer(0.2, gate.set).start()
         raise RuntimeError("out of something")
 
-    with attached(llama, objects) as attachment:
+    hook = llama.model.layers[0].register_forward_hook(fail)
+    with attached(llama, objects, weights_revision="1") as attachment:
         intercept(attachment.store, hold, monkeypatch)
         load = attachment.store.load
 
@@ -72,7 +76,7 @@ def test_a_call_that_ends_by_an_error_leaves_no_load_behind(llama, objects, monk
             return handles[-1]
 
         monkeypatch.setattr(attachment.store, "load", keep)
-        hook = llama.model.layers[0].register_forward_hook(fail)
+        failing.set()
         with pytest.raises(RuntimeError, match="out of something"):
             generate(llama, prompt())
         hook.remove()

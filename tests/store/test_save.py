@@ -201,7 +201,8 @@ def test_a_full_queue_drops_without_gathering_and_counts(opened):
 def test_full_memory_drops_without_gathering_and_counts(opened):
     backend, gate = ScriptedBackend(), Gate()
     backend.when("put", gate)
-    store, pages = opened(backend, memory_bytes=2 * 8192), Pages(4, text="a")
+    store, pages = opened(backend, memory_bytes=4 * 8192), Pages(4, text="a")
+    loading = [store._memory.arena.try_acquire() for _ in range(2)]
     handle = store.save(CHAIN, range(4), pages)
     dropped = SaveOutcome.DROPPED_NO_MEMORY
     assert handle.outcomes() == {0: QUEUED, 1: QUEUED, 2: dropped, 3: dropped}
@@ -209,7 +210,22 @@ def test_full_memory_drops_without_gathering_and_counts(opened):
     assert store.metrics.value("kvstore_saved_chunks_total", outcome="dropped_no_memory") == 2
     gate.open()
     store.flush(PATIENCE_S)
+    for slot in loading:
+        slot.release()
     assert_no_slot_lost(store)
+
+
+def test_a_queue_larger_than_memory_leaves_slots_for_loads(opened):
+    others = chain_of(4, first_token=1000)
+    backend, gate = ScriptedBackend(stored_chunks(others)), Gate()
+    backend.when("put", gate)
+    store = opened(backend, memory_bytes=4 * 8192, upload_queue_bytes=64 * FORM.raw_bytes)
+    store.save(CHAIN, range(4), Pages(4, text="a"))
+    gate.wait_arrivals()
+    pages = Pages(4)
+    assert store.load(others, range(4), pages).wait(PATIENCE_S).chunks == 4
+    pages.assert_holds(range(4))
+    gate.open()
 
 
 @pytest.mark.parametrize("what", ["queue", "memory"])
