@@ -1,0 +1,246 @@
+"""A lane: one thread that carries many requests at once, each written as a coroutine.
+
+A thread for every request costs more than a small request itself: threads that wake at the same
+time fight for the interpreter. In a lane, all sockets are waited for together, by edge-triggered
+epoll; what a request does between two waits never blocks. The kernel's part of receiving and
+sending, and TLS, run while no thread of Python is held up, so several lanes use several cores.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import threading
+import time
+import types
+from collections import deque
+from collections.abc import Callable, Coroutine, Generator
+from concurrent.futures import Future
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+# What one lane waits for is looked at this often for being overdue.
+_SWEEP_S = 0.05
+_NEVER_S = float("inf")
+_READABLE = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
+_WRITABLE = _READABLE | select.EPOLLOUT
+
+
+class AbandonedError(Exception):
+    """Ends the work of a job whose caller was cancelled; nobody sees it."""
+
+
+class Job(Generic[T]):
+    """One piece of work for a lane, and how it ended. `ended` belongs to the caller's event loop."""
+
+    __slots__ = ("abandoned", "awaited", "ended", "error", "released", "result", "settled", "until_s", "work")
+
+    def __init__(self, work: Coroutine[Any, Any, T], ended: asyncio.Future[T]) -> None:
+        self.work: Coroutine[Any, Any, T] | None = work
+        self.ended = ended
+        self.abandoned = False
+        self.settled = False
+        self.released: asyncio.Future[None] | None = None
+        self.result: T | None = None
+        self.error: BaseException | None = None
+        self.awaited: object = None
+        self.until_s = _NEVER_S
+
+    def settle(self) -> None:
+        """Tell the caller how it ended. Called in the caller's event loop."""
+        self.settled = True
+        if self.released is not None:
+            self.released.set_result(None)
+        elif self.ended.done():
+            pass
+        elif self.error is None:
+            self.ended.set_result(self.result)  # type: ignore[arg-type]  # None only where T is
+        else:
+            self.ended.set_exception(self.error)
+
+
+class Lane:
+    """Runs jobs in a thread of its own.
+
+    deliver  takes jobs that have ended, in that thread; a RuntimeError of it ends the lane
+
+    `submit`, `abandon`, `call` and `stop` are for other threads; all else is for coroutines that run in it.
+    """
+
+    def __init__(self, name: str, deliver: Callable[[list[Job[Any]]], None]) -> None:
+        self.load_bytes = 0
+        self.now_s = time.monotonic()
+        self._deliver = deliver
+        self._epoll = select.epoll()
+        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._epoll.register(self._bell, select.EPOLLIN)
+        self._asleep = False
+        self._stopping = False
+        self._inbox: deque[tuple[Callable[[Any], None], Any]] = deque()
+        self._waiting: dict[object, Job[Any]] = {}
+        self._watched: dict[int, Callable[[int], None]] = {}
+        self._running: Job[Any] | None = None
+        self._ended: list[Job[Any]] = []
+        self._next_sweep_s = 0.0
+        self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Job[Any]) -> None:
+        """Start a job soon."""
+        self._post(self._start, job)
+
+    def abandon(self, job: Job[Any]) -> None:
+        """End a job soon: its work meets an AbandonedError where it waits."""
+        job.abandoned = True
+        self._post(self._abandon, job)
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Call a function in the lane soon; before it ends, if it is not stopped yet."""
+        self._post(lambda _: function(), None)
+
+    def stop(self) -> None:
+        """End the thread and wait for it. No job may run any more."""
+        self._post(self._stop, None)
+        self._thread.join()
+        self._epoll.close()
+        os.close(self._bell)
+
+    def watch(self, descriptor: int, on_idle_event: Callable[[int], None]) -> None:
+        """Let `edge` work for a socket, for room to send as well.
+
+        on_idle_event  called with it when something happens while no job waits for it
+        """
+        self._epoll.register(descriptor, _WRITABLE)
+        self._watched[descriptor] = on_idle_event
+
+    def unwatch(self, descriptor: int) -> None:
+        """To be called before the socket is closed, which may be done by any thread."""
+        self._watched.pop(descriptor, None)
+
+    def watch_room(self, descriptor: int, *, wanted: bool) -> None:
+        """Whether there being room to send is an event too."""
+        self._epoll.modify(descriptor, _WRITABLE if wanted else _READABLE)
+
+    @types.coroutine
+    def edge(self, descriptor: int, until_s: float) -> Generator[None, None, None]:
+        """Wait until something happens to a socket: bytes come, it ends or fails, or has room to send.
+
+        The next one since `watch`, also one that came before this call, and at times nothing has
+        happened: try, and wait again. Raises TimeoutError at `until_s` of the monotonic clock.
+        """
+        job = self._running
+        assert job is not None
+        job.until_s = until_s
+        job.awaited = descriptor
+        self._waiting[descriptor] = job
+        yield
+
+    @types.coroutine
+    def outcome(self, future: Future[T], until_s: float) -> Generator[None, None, T]:
+        """Wait for what another thread does. Raises TimeoutError at `until_s`; that goes on then."""
+        job = self._running
+        assert job is not None
+        job.until_s = until_s
+        # Others may wait for the same future.
+        awaited = job.awaited = object()
+        self._waiting[awaited] = job
+        future.add_done_callback(lambda _: self._post(self._go_on, awaited))
+        yield
+        return future.result()
+
+    def _post(self, handle: Callable[[Any], None], subject: object) -> None:
+        self._inbox.append((handle, subject))
+        # Whoever finds it asleep rings; the thread says that it sleeps before it looks a last time.
+        if self._asleep:
+            self._asleep = False
+            os.eventfd_write(self._bell, 1)
+
+    def _serve(self) -> None:
+        poll = self._epoll.poll
+        while not self._stopping:
+            self._asleep = True
+            timeout_s = 0 if self._inbox else _SWEEP_S if self._waiting else None
+            events = poll(timeout_s)
+            self._asleep = False
+            self.now_s = time.monotonic()
+            for descriptor, _ in events:
+                self._notice(descriptor)
+            while self._inbox:
+                handle, subject = self._inbox.popleft()
+                handle(subject)
+                del subject
+            if self.now_s >= self._next_sweep_s:
+                self._sweep()
+            if self._ended and not self._hand_over():
+                return
+
+    def _stop(self, _: None) -> None:
+        self._stopping = True
+
+    def _hand_over(self) -> bool:
+        """Deliver what has ended; False when nobody takes it any more."""
+        ended, self._ended = self._ended, []
+        try:
+            self._deliver(ended)
+        except RuntimeError:
+            return False  # the event loop was closed
+        return True
+
+    def _notice(self, descriptor: int) -> None:
+        job = self._waiting.pop(descriptor, None)
+        if job is not None:
+            self._advance(job)
+        elif descriptor == self._bell:
+            os.eventfd_read(descriptor)
+        elif descriptor in self._watched:
+            self._watched[descriptor](descriptor)
+
+    def _start(self, job: Job[Any]) -> None:
+        assert job.work is not None
+        if job.abandoned:
+            job.work.close()
+            self._end(job)
+        else:
+            self._advance(job)
+
+    def _abandon(self, job: Job[Any]) -> None:
+        if job.work is not None:
+            self._waiting.pop(job.awaited, None)
+            self._advance(job, AbandonedError())
+
+    def _go_on(self, awaited: object) -> None:
+        job = self._waiting.pop(awaited, None)
+        if job is not None:
+            self._advance(job)
+
+    def _sweep(self) -> None:
+        self._next_sweep_s = self.now_s + _SWEEP_S
+        late = [job for job in self._waiting.values() if job.until_s <= self.now_s]
+        for job in late:
+            if self._waiting.pop(job.awaited, None) is job:
+                self._advance(job, TimeoutError("nothing came or went in time"))
+
+    def _advance(self, job: Job[Any], error: BaseException | None = None) -> None:
+        """Run a job until it waits again, or ends."""
+        assert job.work is not None
+        self._running = job
+        try:
+            if error is None:
+                job.work.send(None)
+            else:
+                job.work.throw(error)
+        except StopIteration as stop:
+            job.result = stop.value
+            self._end(job)
+        except AbandonedError:
+            self._end(job)
+        except BaseException as raised:
+            job.error = raised
+            self._end(job)
+        self._running = None
+
+    def _end(self, job: Job[Any]) -> None:
+        # Its frames hold views of buffers that the caller gets back.
+        job.work = None
+        self._ended.append(job)
