@@ -97,7 +97,7 @@ class Connector:
             assert route.tls is not None
             stream = TlsStream(sock, route.tls, route.server.host, self._scratch)
             while not stream.handshake():
-                await self._lane.edge(stream.descriptor, until_s)
+                await self._lane.event(stream.descriptor, until_s)
             return Connection(self._lane, stream, route.read_timeout_s)
         except BaseException:
             self._close(sock)
@@ -126,7 +126,7 @@ class Connector:
             code = sock.connect_ex(address.where)
             self._lane.watch(sock.fileno(), on_idle_event)
             while code in _IN_PROGRESS:
-                await self._lane.edge(sock.fileno(), until_s)
+                await self._lane.event(sock.fileno(), until_s)
                 code = sock.connect_ex(address.where)
             if code not in _CONNECTED:
                 raise OSError(code, os.strerror(code))  # noqa: TRY301 one place closes the socket

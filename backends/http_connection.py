@@ -12,6 +12,8 @@ from kvstore.backends.stream import NOTHING_YET, Stream
 
 # More than a head of S3 takes; what follows of the body in the same packet is copied once.
 _FIRST_READ_BYTES = 2048
+# Received at a time: the others in a lane want to get on, too.
+_STEP_BYTES = 1 << 19
 _INTERIM_ANSWERS_MAX = 8
 _CONTINUE_BELOW = 200
 _NO_ANSWER = AnswerHead(0, {}, 0, chunked=False, keep_alive=False)
@@ -88,13 +90,13 @@ class Connection:
             out[:filled] = self._surplus[:filled]
             self._surplus = self._surplus[filled:]
         while filled < wanted:
-            count = self._stream.receive(out[filled:])
+            count = self._stream.receive(out[filled : filled + _STEP_BYTES])
+            if not count:
+                break
             if count > 0:
                 filled += count
-            elif count == NOTHING_YET:
-                await self._lane.edge(self._stream.descriptor, self._lane.now_s + self._timeout_s)
-            else:
-                break
+            if filled < wanted and (count == NOTHING_YET or not self._stream.holds_back):
+                await self._lane.event(self._stream.descriptor, self._lane.now_s + self._timeout_s)
         return filled
 
     async def _send(self, parts: list[memoryview]) -> None:
@@ -114,7 +116,7 @@ class Connection:
         until_s = self._lane.now_s + self._timeout_s
         self._lane.watch_room(descriptor, wanted=True)
         while pending or not self._stream.flush():
-            await self._lane.edge(descriptor, until_s)
+            await self._lane.event(descriptor, until_s)
             if self._is_answered():
                 self._request_cut = True
                 break
@@ -154,8 +156,10 @@ class Connection:
                 return block[:end]
             if len(block) > HEAD_BYTES_MAX:
                 raise BadAnswerError(f"its head is longer than {HEAD_BYTES_MAX} bytes")
+            if not self._stream.holds_back:
+                await self._lane.event(self._stream.descriptor, until_s)
             while (count := self._stream.receive(self._buffer)) == NOTHING_YET:
-                await self._lane.edge(self._stream.descriptor, until_s)
+                await self._lane.event(self._stream.descriptor, until_s)
             if not count:
                 raise ConnectionResetError("the server closed the connection")
             block += self._buffer[:count]

@@ -9,25 +9,27 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
-from kvstore.backends.lane import Job, Lane
+from kvstore.backends.lane import Job, Lane, LoopLane, ThreadLane
 from kvstore.errors import MisconfiguredError
 
 T = TypeVar("T")
-_LANES_MAX = 8
-# Small requests are cheapest in one lane; what takes a core to copy is spread over several.
+_THREADS_MAX = 8
+# What is in flight in one lane before the next one is taken. Small requests are cheapest in the
+# event loop's own thread; what takes more than one core to copy is spread over several.
 _LANE_BYTES = 16 << 20
 
 
 class Lanes:
     """Runs jobs in up to one lane a core, `jobs_max` at once, for callers in one event loop.
 
-    Lanes start as they are needed, and do not keep a process alive.
+    The first lane is in the event loop's own thread. Others start as they are needed, and do not
+    keep a process alive.
     """
 
     def __init__(self, jobs_max: int, name: str) -> None:
         self._name = name
         self._jobs_max = jobs_max
-        self._lanes_max = min(_LANES_MAX, os.cpu_count() or 1)
+        self._lanes_max = max(2, min(1 + _THREADS_MAX, os.cpu_count() or 1))
         self._lanes: list[Lane] = []
         self._running = 0
         self._queue: deque[asyncio.Future[None]] = deque()
@@ -76,11 +78,14 @@ class Lanes:
             if lane.load_bytes < _LANE_BYTES:
                 return lane
         if len(self._lanes) < self._lanes_max:
-            self._lanes.append(
-                Lane(f"{self._name} {len(self._lanes)}", lambda jobs: self._deliver(loop, jobs))
-            )
+            self._lanes.append(self._open(loop))
             return self._lanes[-1]
         return min(self._lanes, key=lambda lane: lane.load_bytes)
+
+    def _open(self, loop: asyncio.AbstractEventLoop) -> Lane:
+        if not self._lanes:
+            return LoopLane(loop)
+        return ThreadLane(f"{self._name} {len(self._lanes)}", lambda jobs: self._deliver(loop, jobs))
 
     async def _turn(self) -> None:
         turn = asyncio.get_running_loop().create_future()

@@ -17,15 +17,15 @@ _ENCRYPT_BYTES = 1 << 18
 class Stream:
     """A plain connection. Raises OSError."""
 
+    holds_back = False
+    """Whether there may be more to receive that the socket does not show: until NOTHING_YET."""
+
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
         self.descriptor: Final = sock.fileno()
 
     def receive(self, out: memoryview) -> int:
-        """How many bytes of what has come are in `out` now, or NOTHING_YET. 0: the stream has ended.
-
-        There may be more where `out` is not full; only NOTHING_YET says that there is not.
-        """
+        """How many bytes of what has come are in `out` now, or NOTHING_YET. 0: the stream has ended."""
         try:
             return self._socket.recv_into(out)
         except BlockingIOError:
@@ -55,6 +55,8 @@ class TlsStream(Stream):
     host     what the server's certificate must name
     scratch  for what is received, before it is decrypted; holds nothing between two calls
     """
+
+    holds_back = True
 
     def __init__(self, sock: socket.socket, context: ssl.SSLContext, host: str, scratch: memoryview) -> None:
         super().__init__(sock)
