@@ -68,13 +68,16 @@ class Job(Generic[T]):
 class Lane:
     """What both kinds of lanes do. Its methods are for coroutines that run in it.
 
-    load_bytes  what its jobs are to move, kept by whoever submits them
-    now_s       time.monotonic() when it last looked
+    busy   how much of a core its thread took when it last looked, 0 to 1
+    jobs   how many it has, kept by whoever submits them
+    now_s  time.monotonic() when it last looked
     """
 
     def __init__(self) -> None:
-        self.load_bytes = 0
+        self.busy = 0.0
+        self.jobs = 0
         self.now_s = time.monotonic()
+        self._measured_s = (0.0, 0.0)
         self._epoll = select.epoll()
         self._waiting: dict[object, Job[Any]] = {}
         self._watched: dict[int, Callable[[int], object]] = {}
@@ -178,7 +181,10 @@ class Lane:
             self._advance(job)
 
     def _sweep(self) -> None:
-        """End the waits that are overdue."""
+        """End the waits that are overdue, and see how busy the thread is."""
+        measured_s = (self.now_s, time.thread_time())
+        self.busy = (measured_s[1] - self._measured_s[1]) / (measured_s[0] - self._measured_s[0])
+        self._measured_s = measured_s
         for job in [job for job in self._waiting.values() if job.until_s <= self.now_s]:
             if self._waiting.pop(job.awaited, None) is job:
                 self._advance(job, TimeoutError("nothing came or went in time"))

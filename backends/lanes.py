@@ -14,9 +14,8 @@ from kvstore.errors import MisconfiguredError
 
 T = TypeVar("T")
 _THREADS_MAX = 8
-# What is in flight in one lane before the next one is taken. Small requests are cheapest in the
-# event loop's own thread; what takes more than one core to copy is spread over several.
-_LANE_BYTES = 16 << 20
+# From there on, the next lane is taken: small requests are cheapest in the event loop's own thread.
+_BUSY_MAX = float(os.environ.get("BUSY", "0.9"))
 
 
 class Lanes:
@@ -38,8 +37,8 @@ class Lanes:
         self._closed = False
         self._idle = asyncio.Event()
 
-    async def run(self, work: Callable[[Lane], Coroutine[Any, Any, T]], job_bytes: int) -> T:
-        """The result of `work(lane)`, which moves about `job_bytes` from or to memory of the caller.
+    async def run(self, work: Callable[[Lane], Coroutine[Any, Any, T]]) -> T:
+        """The result of `work(lane)`.
 
         Cancelled while work is queued: it never runs. Cancelled while work runs: work meets an
         AbandonedError where it waits, and this ends when work has.
@@ -52,7 +51,7 @@ class Lanes:
         lane = self._choose(loop)
         job: Job[T] = Job(work(lane), loop.create_future())
         self._running += 1
-        lane.load_bytes += job_bytes
+        lane.jobs += 1
         lane.submit(job)
         try:
             return await job.ended
@@ -60,7 +59,7 @@ class Lanes:
             await _released(lane, job, loop)
             raise
         finally:
-            lane.load_bytes -= job_bytes
+            lane.jobs -= 1
             self._running -= 1
             self._admit()
 
@@ -75,12 +74,12 @@ class Lanes:
 
     def _choose(self, loop: asyncio.AbstractEventLoop) -> Lane:
         for lane in self._lanes:
-            if lane.load_bytes < _LANE_BYTES:
+            if lane.busy < _BUSY_MAX:
                 return lane
         if len(self._lanes) < self._lanes_max:
             self._lanes.append(self._open(loop))
             return self._lanes[-1]
-        return min(self._lanes, key=lambda lane: lane.load_bytes)
+        return min(self._lanes, key=lambda lane: lane.jobs)
 
     def _open(self, loop: asyncio.AbstractEventLoop) -> Lane:
         if not self._lanes:

@@ -72,6 +72,14 @@ class Located:
     credentials: Callable[[], Awaitable[Credentials]]
 
 
+class OtherRegionError(Exception):
+    """The bucket is in another region than the request was signed for."""
+
+    def __init__(self, region: str) -> None:
+        super().__init__(region)
+        self.region = region
+
+
 class S3Backend:
     """See Backend. Credentials come from the standard AWS chain.
 

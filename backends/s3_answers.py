@@ -68,7 +68,7 @@ def answered_range(
     match = _CONTENT_RANGE.match(described)
     if status != _PARTIAL_CONTENT or match is None:
         raise RetryableError(f"the store answered a ranged read with HTTP {status}, range {described[:80]!r}")
-    first, last, object_bytes = (int(number) for number in match.groups())
+    first, last, object_bytes = map(int, match.groups())
     length = min(wanted, object_bytes - offset)
     if first != offset or last != offset + length - 1 or body_bytes not in (None, length):
         raise RetryableError(

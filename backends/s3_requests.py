@@ -15,7 +15,7 @@ from kvstore.backends.http_connection import Connection
 from kvstore.backends.http_message import AnswerHead, request_head
 from kvstore.backends.lane import Lane
 from kvstore.backends.route import Route
-from kvstore.backends.s3 import S3Options
+from kvstore.backends.s3 import OtherRegionError, S3Options
 from kvstore.backends.s3_answers import answered_range
 from kvstore.backends.sigv4 import Credentials, Signer, encoded_path
 from kvstore.errors import RetryableError
@@ -29,14 +29,6 @@ _SKIP_BYTES = 1 << 16
 _CODE = re.compile(rb"<Code>([A-Za-z0-9.]{1,60})</Code>")
 _REGION_ELEMENT = re.compile(rb"<Region>([a-z0-9-]{1,40})</Region>")
 _REGION = re.compile(r"[a-z0-9-]{1,40}\Z")
-
-
-class OtherRegionError(Exception):
-    """The bucket is in another region than the request was signed for."""
-
-    def __init__(self, region: str) -> None:
-        super().__init__(region)
-        self.region = region
 
 
 class _Refusal(NamedTuple):

@@ -20,7 +20,7 @@ from kvstore.backends.contract import ABSENT, Absent, Buffer, Capabilities, Obje
 from kvstore.backends.lane import Lane
 from kvstore.backends.lanes import Lanes
 from kvstore.backends.route import Route, Server, proxy_for
-from kvstore.backends.s3 import Located, S3Backend, S3Options, has_failed
+from kvstore.backends.s3 import Located, OtherRegionError, S3Backend, S3Options, has_failed
 from kvstore.backends.sigv4 import Credentials
 from kvstore.errors import MisconfiguredError, RetryableError
 
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 CREDENTIALS_S = 5.0
-# What a request costs that moves next to nothing, as so many bytes.
-_REQUEST_BYTES = 1 << 16
 _log = logging.getLogger("kvstore.s3")
 _Make = Callable[["S3Requests", Lane, Credentials], Coroutine[Any, Any, T]]
 
@@ -97,8 +95,7 @@ class S3SocketBackend:
         result = await self._request(
             lambda requests, lane, credentials: requests.read(
                 lane, credentials, name, offset, out, if_match=if_match
-            ),
-            len(out),
+            )
         )
         return await self._read_past_the_end(name, offset) if result is None else result
 
@@ -118,16 +115,13 @@ class S3SocketBackend:
         return await self._request(
             lambda requests, lane, credentials: requests.put(
                 lane, credentials, name, views, if_absent=if_absent
-            ),
-            sum(view.nbytes for view in views),
+            )
         )
 
     async def head(self, name: str) -> ObjectInfo | None:
         """See Backend.head. A missing bucket looks like a missing object here."""
         check_name(name)
-        return await self._request(
-            lambda requests, lane, credentials: requests.head(lane, credentials, name), 0
-        )
+        return await self._request(lambda requests, lane, credentials: requests.head(lane, credentials, name))
 
     async def list(self, prefix: str, *, start_after: str = "") -> AsyncIterator[ObjectInfo]:
         """See Backend.list."""
@@ -149,26 +143,18 @@ class S3SocketBackend:
         await self._lanes.close()
         await self._control.close()
 
-    async def _request(self, make: _Make[T], moved_bytes: int) -> T:
-        wiring = self._wiring or await self._wired()
-        from kvstore.backends.s3_requests import OtherRegionError
-
-        try:
-            return await self._send(wiring, make, moved_bytes)
-        except OtherRegionError as other:
-            wiring = await self._move(wiring, other.region)
-        try:
-            return await self._send(wiring, make, moved_bytes)
-        except OtherRegionError as other:
-            raise MisconfiguredError(
-                f"{self.location} is said to be in region {other.region} as well as in "
-                f"{wiring.requests.region}; set KVSTORE_REGION to the right one"
-            ) from None
-
-    async def _send(self, wiring: Wiring, make: _Make[T], moved_bytes: int) -> T:
-        credentials = wiring.fresh_credentials() or await wiring.current_credentials()
-        return await self._lanes.run(
-            lambda lane: make(wiring.requests, lane, credentials), _REQUEST_BYTES + moved_bytes
+    async def _request(self, make: _Make[T]) -> T:
+        for _ in range(2):
+            wiring = self._wiring or await self._wired()
+            credentials = wiring.fresh_credentials() or await wiring.current_credentials()
+            try:
+                return await self._lanes.run(lambda lane: make(wiring.requests, lane, credentials))  # noqa: B023 it is called at once
+            except OtherRegionError as other:
+                region = other.region
+            await self._move(wiring, region)
+        raise MisconfiguredError(
+            f"{self.location} is said to be in region {region} as well as in {wiring.requests.region}; "
+            "set KVSTORE_REGION to the right one"
         )
 
     async def _wired(self) -> Wiring:
@@ -177,27 +163,28 @@ class S3SocketBackend:
             self._finding = asyncio.create_task(self._wire())
             # Looks at its exception, which asyncio would report as lost if every caller has left.
             self._finding.add_done_callback(has_failed)
-        self._wiring = await asyncio.shield(self._finding)
-        return self._wiring
+        finding = self._finding
+        wiring = await asyncio.shield(finding)
+        if finding is self._finding:
+            self._wiring = wiring
+        return wiring
 
     async def _wire(self) -> Wiring:
         located = await self._control.locate()
         # In a thread, as it reads certificates: the event loop must keep its deadlines.
         return await asyncio.to_thread(_wire, self._options, located)
 
-    async def _move(self, seen: Wiring, region: str) -> Wiring:
+    async def _move(self, seen: Wiring, region: str) -> None:
         """Go on in the region where the bucket is, unless another request has done so already."""
         async with self._moving:
-            current = await self._wired()
-            if current is not seen:
-                return current
+            if await self._wired() is not seen:
+                return
             _log.info("%s is in region %s, not in %s", self.location, region, seen.requests.region)
             control = self._control
             self._control = S3Backend(replace(self._options, region=region))
             self._wiring = self._finding = None
             seen.requests.close()
             await control.close()
-            return await self._wired()
 
 
 def _wire(options: S3Options, located: Located) -> Wiring:
