@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from localstack import processes
-from localstack.contract import ServerError
+from localstack.contract import ServerError, Store
 
-_CHECKOUT = Path(__file__).parents[1]
+CHECKOUT = Path(__file__).parents[1]
 _WATCH_S = 0.25
 _STOP_TIMEOUT_S = 60.0
 
@@ -52,6 +52,13 @@ def kept(module: str, folder: Path | None = None, **options: Any) -> Iterator[di
                 keeper.wait()
 
 
+@contextlib.contextmanager
+def kept_store(module: str, folder: Path | None = None, **options: Any) -> Iterator[Store]:
+    """The same for a module whose server is a store."""
+    with kept(module, folder, **options) as description:
+        yield Store.of(description)
+
+
 def start_keeper(
     module: str, folder: Path | None, options: dict[str, Any], *, owner: int, log: Any
 ) -> subprocess.Popen[str]:
@@ -62,7 +69,7 @@ def start_keeper(
     place = str(folder.absolute()) if folder else ""
     return subprocess.Popen(
         [sys.executable, "-m", "localstack.keeper", module, place, str(owner), json.dumps(options)],
-        cwd=_CHECKOUT,
+        cwd=CHECKOUT,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=log,
