@@ -5,17 +5,17 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint types clean
+.PHONY: help demo test test-integration s3-up s3-down bench lint types clean
 
 help: ## Show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "kvstore needs Python 3.11 or newer, $(PYTHON) is older; try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "Installing into $(VENV) (once; about a minute, torch included)..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[transformers,dev]'
+	@echo "Installing into $(VENV) (once; about a minute, torch included)..." >&2
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[transformers,dev]' >&2
 	@touch $@
 
 demo: $(STAMP) ## A model's KV cache goes through S3 and comes back (TEXT=file, MODEL=folder)
@@ -23,6 +23,17 @@ demo: $(STAMP) ## A model's KV cache goes through S3 and comes back (TEXT=file, 
 
 test: $(STAMP) ## Run the test suite
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-integration: $(STAMP) ## The suite on Ceph RGW, LocalStack and moto, which it installs
+	@$(BIN)/python -m localstack install moto rgw localstack
+	@$(BIN)/python -m pytest tests/integration $(ARGS)
+
+s3-up: $(STAMP) ## An S3 on this machine: eval "$(make -s s3-up KIND=moto|rgw|localstack|filesystem)"
+	@test -n '$(KIND)' || { echo "usage: make s3-up KIND=moto|rgw|localstack|filesystem [TLS=1]" >&2; exit 2; }
+	@$(BIN)/python -m localstack up '$(KIND)' $(if $(TLS),--tls)
+
+s3-down: $(STAMP) ## Stop it and remove what it holds (KIND=..., or all)
+	@$(BIN)/python -m localstack down $(KIND)
 
 bench: $(STAMP) ## Run one benchmark: NAME=roundtrip
 	@test -n '$(NAME)' || { echo "usage: make bench NAME=x, x one of: $$(ls benchmarks | sed -n 's/^\([a-z].*\)\.py$$/\1/p' | tr '\n' ' ')"; exit 2; }

@@ -18,9 +18,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from localstack import processes
 from localstack.contract import ServerError, Store
@@ -60,11 +60,19 @@ def kept_store(module: str, folder: Path | None = None, **options: Any) -> Itera
 
 
 def start_keeper(
-    module: str, folder: Path | None, options: dict[str, Any], *, owner: int, log: Any
+    module: str,
+    folder: Path | None,
+    options: dict[str, Any],
+    *,
+    owner: int,
+    log: IO[bytes],
+    keep_open: Sequence[int] = (),
 ) -> subprocess.Popen[str]:
-    """Start a keeper. `owner`: the process it serves, 0 for one that runs until it gets SIGTERM.
+    """Start a keeper.
 
-    `log`, a file, takes what it prints for people.
+    owner      the process it serves, 0 for a keeper that runs until it gets SIGTERM
+    log        takes what it prints for people
+    keep_open  descriptors that stay open in the keeper, and not in its servers
     """
     place = str(folder.absolute()) if folder else ""
     return subprocess.Popen(
@@ -73,13 +81,14 @@ def start_keeper(
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=log,
+        pass_fds=keep_open,
         text=True,
         # Else Ctrl-C on a terminal would end the servers before those who use them.
         start_new_session=True,
     )
 
 
-def description_of(keeper: subprocess.Popen[str], log: Any) -> dict[str, Any]:
+def description_of(keeper: subprocess.Popen[str], log: IO[bytes]) -> dict[str, Any]:
     """Wait until its server runs. Raises ServerError with what the keeper said if it does not."""
     assert keeper.stdout is not None
     with keeper.stdout as output:
