@@ -25,7 +25,7 @@ test: $(STAMP) ## Run the test suite
 	@$(BIN)/python -m pytest $(ARGS)
 
 test-integration: $(STAMP) ## The suite on Ceph RGW, LocalStack and moto, which it installs
-	@$(BIN)/python -m localstack install moto rgw localstack
+	@$(BIN)/python -m localstack install moto rgw localstack nginx
 	@$(BIN)/python -m pytest tests/integration $(ARGS)
 
 s3-up: $(STAMP) ## An S3 on this machine: eval "$(make -s s3-up KIND=moto|rgw|localstack|filesystem)"
