@@ -8,25 +8,27 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from localstack.contract import ServerError, Store
-from localstack.standing import KINDS, StandingStore
+from localstack.standing import KINDS, STATE, StandingStore
 
 
 def main() -> None:
     """Standard output gets lines for `eval` and nothing else."""
     parser = argparse.ArgumentParser(prog="python -m localstack", description=__doc__)
+    parser.add_argument("--state", type=Path, default=STATE, help="where stores that stay up keep theirs")
     commands = parser.add_subparsers(required=True)
     up = commands.add_parser("up", help="start a store, unless it runs, and print what to export")
     up.add_argument("kind", help=f"one of: {', '.join(KINDS)}")
     up.add_argument("--tls", action="store_true", help="point at its TLS endpoint")
-    up.set_defaults(run=lambda arguments: _up(arguments.kind, tls=arguments.tls))
+    up.set_defaults(run=lambda given: _up(StandingStore(given.kind, given.state), tls=given.tls))
     down = commands.add_parser("down", help="stop stores and remove what they hold")
     down.add_argument("kinds", nargs="*", help="all of them if none is named")
-    down.set_defaults(run=lambda arguments: _down(arguments.kinds or KINDS))
+    down.set_defaults(run=lambda given: _down(given.kinds or KINDS, given.state))
     install = commands.add_parser("install", help="get what servers need")
     install.add_argument("kinds", nargs="+", help=f"any of: {', '.join(KINDS)}, nginx")
-    install.set_defaults(run=lambda arguments: _install(arguments.kinds))
+    install.set_defaults(run=lambda given: _install(given.kinds))
     arguments = parser.parse_args()
     try:
         arguments.run(arguments)
@@ -34,21 +36,21 @@ def main() -> None:
         sys.exit(str(error))
 
 
-def _up(kind: str, *, tls: bool) -> None:
-    standing = StandingStore(kind)
+def _up(standing: StandingStore, *, tls: bool) -> None:
+    kind = standing.kind
     if tls and kind != "rgw":
         raise ServerError(f"{kind} has no TLS; take KIND=rgw")
     _install([kind])
     _say(f"starting {kind}, unless it runs")
     store = standing.up()
-    for name, value in _exports(store, os.environ, tls=tls).items():
+    for name, value in exports(store, os.environ, tls=tls).items():
         print(f"export {name}={shlex.quote(value)}")
     _say(f"{kind} is up; stop it and remove what it holds: make s3-down KIND={kind}")
     if store.tls_url and not tls:
         _say(f"it also serves TLS, at {store.tls_url}: make s3-up KIND={kind} TLS=1")
 
 
-def _exports(store: Store, environment: Mapping[str, str], *, tls: bool) -> dict[str, str]:
+def exports(store: Store, environment: Mapping[str, str], *, tls: bool) -> dict[str, str]:
     """The store's environment; what bypasses proxies already goes on doing so."""
     found = store.environment(tls=tls)
     for name in ("NO_PROXY", "no_proxy"):
@@ -58,8 +60,8 @@ def _exports(store: Store, environment: Mapping[str, str], *, tls: bool) -> dict
     return found
 
 
-def _down(kinds: Sequence[str]) -> None:
-    for standing in [StandingStore(kind) for kind in kinds]:
+def _down(kinds: Sequence[str], state: Path) -> None:
+    for standing in [StandingStore(kind, state) for kind in kinds]:
         if standing.down():
             _say(f"{standing.kind} is down, and what it held is removed")
         else:

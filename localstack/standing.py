@@ -17,7 +17,7 @@ from localstack.contract import ServerError, Store
 from localstack.keeper import CHECKOUT, description_of, start_keeper
 
 KINDS = ("moto", "rgw", "localstack", "filesystem")
-_STATE = CHECKOUT / ".cache" / "s3"
+STATE = CHECKOUT / ".cache" / "s3"
 _START_TIMEOUT_S = 300.0
 _STOP_TIMEOUT_S = 60.0
 _POLL_S = 0.05
@@ -29,7 +29,7 @@ class StandingStore:
     Raises ServerError for an unknown kind.
     """
 
-    def __init__(self, kind: str, state: Path = _STATE) -> None:
+    def __init__(self, kind: str, state: Path = STATE) -> None:
         if kind not in KINDS:
             raise ServerError(f"KIND={kind!r} is none of: {', '.join(KINDS)}")
         self.kind = kind
