@@ -12,13 +12,11 @@ import argparse
 import os
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
-from benchmarks.report import machine, print_result, say
+from benchmarks.report import Timing, machine, print_result, say, timed
 from kvstore import DType, Durability, KVLayout, KVStore, Namespace, load_settings
 from kvstore.backends.contract import Backend
 from kvstore.backends.filesystem import FilesystemBackend
@@ -51,14 +49,6 @@ class HostPages:
     @staticmethod
     def _at(index: int) -> slice:
         return slice(index * FORM.section_bytes, (index + 1) * FORM.section_bytes)
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds by the clock and of this process's CPU."""
-
-    wall_s: float
-    cpu_s: float
 
 
 def main() -> None:
@@ -108,14 +98,14 @@ class Case:
         namespace = Namespace("roundtrip", f"{self._codec}/{round_}", LAYOUT, "none")
         chain = self._saver.chain(namespace, range(self._chunks * LAYOUT.chunk_tokens))
         span = range(self._chunks)
-        with _timed() as saved:
+        with timed() as saved:
             outcomes = self._saver.save(chain, span, self._pages, until=Durability.REMOTE).wait(DEADLINE_S)
-        with _timed() as loaded:
+        with timed() as loaded:
             result = self._loader.load(chain, span, self._pages, timeout_s=DEADLINE_S).wait()
         if set(outcomes.values()) != {"stored"} or result.chunks != self._chunks:
             raise SystemExit(f"{self._name}: the round trip failed: {outcomes}, {result.failures}")
         if round_:
-            self._timings.append((saved[0], loaded[0]))
+            self._timings.append((saved(), loaded()))
 
     def row(self) -> dict[str, str | float]:
         """Medians over the rounds."""
@@ -145,14 +135,6 @@ def _backends(stack: ExitStack) -> dict[str, Callable[[], Backend]]:
         "filesystem": lambda: FilesystemBackend(folder),
         "s3-moto": lambda: S3Backend(options),
     }
-
-
-@contextmanager
-def _timed() -> Iterator[list[Timing]]:
-    result: list[Timing] = []
-    wall_s, cpu_s = time.perf_counter(), time.process_time()
-    yield result
-    result.append(Timing(time.perf_counter() - wall_s, time.process_time() - cpu_s))
 
 
 def _print_table(rows: list[dict[str, str | float]]) -> None:
