@@ -200,7 +200,8 @@ class ChunkLoad:
         self._path.presence.note_miss(self._keys[index], reason)
         if reason is not MissReason.ABSENT:
             topic = BACKEND_TROUBLE if reason is MissReason.UNREACHABLE else f"miss {reason}"
-            self._path.warn(topic, f"chunk {self._keys[index]} is a miss ({reason}): {error!r}")
+            said = error if isinstance(error, KVStoreError) else repr(error)
+            self._path.warn(topic, f"chunk {self._keys[index]} is a miss ({reason}): {said}")
         for later, task in self._tasks.items():
             if later >= index and task is not asyncio.current_task():
                 task.cancel()
