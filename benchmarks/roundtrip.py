@@ -12,10 +12,11 @@ import argparse
 import os
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
+from benchmarks.pages import HostPages
 from benchmarks.report import Timing, machine, print_result, say, timed
 from kvstore import DType, Durability, KVLayout, KVStore, Namespace, load_settings
 from kvstore.backends.contract import Backend
@@ -29,26 +30,6 @@ from localstack.moto import moto_bucket
 LAYOUT = KVLayout(layers=8, kv_heads=8, head_dim=128, dtype=DType.BFLOAT16, page_form="nhd", page_tokens=16)
 FORM = ChunkForm(LAYOUT, LAYOUT.whole)
 DEADLINE_S = 300.0
-
-
-class HostPages:
-    """Pages of an engine on the CPU, as one buffer a layer: the copies a real adapter makes."""
-
-    def __init__(self, chunks: int) -> None:
-        random = os.urandom(FORM.section_bytes)
-        self._layers = [bytearray(random * chunks) for _ in range(LAYOUT.layers)]
-
-    def gather(self, index: int, sections: Sequence[memoryview]) -> None:
-        for layer, section in zip(self._layers, sections, strict=True):
-            section[:] = memoryview(layer)[self._at(index)]
-
-    def scatter(self, layer: int, indices: Sequence[int], sections: Sequence[memoryview]) -> None:
-        for index, section in zip(indices, sections, strict=True):
-            self._layers[layer][self._at(index)] = section
-
-    @staticmethod
-    def _at(index: int) -> slice:
-        return slice(index * FORM.section_bytes, (index + 1) * FORM.section_bytes)
 
 
 def main() -> None:
@@ -82,7 +63,7 @@ class Case:
         self._name = name
         self._codec = codec
         self._chunks = chunks
-        self._pages = HostPages(chunks)
+        self._pages = HostPages(FORM, chunks)
         self._timings: list[tuple[Timing, Timing]] = []
         settings = load_settings(
             codec=codec,
