@@ -207,6 +207,9 @@ class PrefixEviction(Generic[V]):
         queue[key] = entry
         if oldest:
             queue.move_to_end(key, last=False)
+            if entry.main:
+                # It goes before those that this turn has yet to visit, and must not count as one.
+                self._visits_left += 1
 
     def _next_queue(self) -> OrderedDict[bytes, _Entry[V]] | None:
         if self._small and (self._small_bytes > self._small_bytes_max or not self._main):
