@@ -112,19 +112,14 @@ class DiskFolder:
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._made = True
         block = memoryview(bytes(disk_io.BLOCK_BYTES))
-        for direct in (True, False):
-            self._direct = direct
-            file = self.create(lambda: None)
-            try:
-                with file.used():
-                    file.write(0, [block], caller)
-            except OSError as error:
-                if not direct or error.errno not in _NOT_DIRECT:
-                    raise
-            else:
-                return
-            finally:
-                file.close()
+        self._direct = True
+        try:
+            self._write_once(block, caller)
+        except OSError as error:
+            if error.errno not in _NOT_DIRECT:
+                raise
+            self._direct = False
+            self._write_once(block, caller)
 
     def check_readable(self, path: Path | None) -> None:
         """Read from the disk: a chunk's file, if there is one, else the folder."""
@@ -290,15 +285,18 @@ class DiskFolder:
         finally:
             os.close(file)
 
+    def _write_once(self, data: memoryview, caller: Caller) -> None:
+        file = self.create(lambda: None)
+        try:
+            with file.used():
+                file.write(0, [data], caller)
+        finally:
+            file.close()
+
     def _open_direct(self, path: Path) -> int | None:
         if not self._direct:
             return None
-        try:
-            return os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_DIRECT)
-        except OSError as error:
-            if error.errno in _NOT_DIRECT:
-                return None
-            raise
+        return os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_DIRECT)
 
     def _make_folder(self, folder: Path) -> list[Path]:
         """Make a folder below the root. Returns the parents of what was made."""
