@@ -43,8 +43,9 @@ class RangeReader:
     def __init__(
         self,
         tier: str,
-        prefix: str,
         read_into: ReadInto,
+        *,
+        prefix: str,
         concurrency: int,
         metrics: Metrics,
         scratch: Arena | None,
