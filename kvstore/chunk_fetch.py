@@ -68,7 +68,10 @@ class Landing(Protocol):
         ...
 
     def land(self, layers: range, berth: Berth) -> None:
-        """Take note that these layers lie in `berth`; retain its slot to keep them."""
+        """Take note that these layers, none of which had landed, lie in `berth`.
+
+        Retain its slot to keep them.
+        """
         ...
 
 
@@ -188,7 +191,8 @@ class ChunkFetcher:
     async def _land(self, fetch: _Fetch, part: _Part, berth: Berth, *, in_place: bool) -> None:
         """Verify sections, put those that are not in place there, and say that they have come."""
         await self.loop.work(self._verify, fetch, part, None if in_place else berth)
-        fetch.landing.land(part.layers, berth)
+        for layers in missing_groups([part.layers], fetch.landing.landed):
+            fetch.landing.land(layers, berth)
         if fetch.copy is not None and not await fetch.copy.write(part.first_byte, [part.stored]):
             fetch.copy = None
 

@@ -63,6 +63,8 @@ class ChunkFlight:
     def land(self, layers: range, berth: Berth) -> None:
         """Tell every rider that these layers have come."""
         for layer in layers:
+            # Riders count layers: one that came twice would make up for one that never came.
+            assert not self.landed[layer], "a layer has landed twice"
             self.landed[layer] = True
         for rider in tuple(self.riders):
             rider.landed(layers, berth)

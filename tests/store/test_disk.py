@@ -181,6 +181,34 @@ def test_the_same_object_goes_on_from_the_backend_where_its_file_is_damaged(with
     assert store.metrics.value("kvstore_corrupt_chunks_total", tier="disk", reason="bad_checksum") == 4
 
 
+def test_a_chunk_is_done_when_every_layer_is_in_pages_however_often_one_was_read(
+    with_disk, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(kvstore.assembly, "FetchLimits", lambda: LAYER_BY_LAYER)
+    backend, gate = ScriptedBackend(stored_chunks(CHAIN)), Gate()
+    load(with_disk(backend))
+    for path in files(tmp_path):
+        data = bytearray(path.read_bytes())
+        data[FORM.header_bytes + (FORM.layers - 1) * FORM.stride] ^= 1
+        path.write_bytes(data)
+    # Layer 0 comes with the header again; the last one is held back.
+    backend.when("get", gate, applies=lambda call: call.offset > 0)
+    store, pages = with_disk(backend), Pages(4)
+    running = store.load(CHAIN, range(4), pages)
+    gate.wait_arrivals(4)
+    while len(pages.scattered) < FORM.layers - 1:
+        settle(store)
+    for _ in range(20):
+        settle(store)
+    assert store.metrics.value("kvstore_loaded_chunks_total", tier="backend") == 0
+    with pytest.raises(TimeoutError):
+        running.wait(0)
+    gate.open()
+    assert running.wait(PATIENCE_S).chunks == 4
+    pages.assert_holds(range(4))
+    assert_no_slot_lost(store)
+
+
 def test_a_disk_that_fails_or_fills_up_costs_the_copies_and_nothing_else(with_disk, tmp_path, monkeypatch):
     backend = ScriptedBackend(stored_chunks(CHAIN))
     store = with_disk(backend)
