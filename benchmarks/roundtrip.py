@@ -12,7 +12,7 @@ import argparse
 import os
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -32,25 +32,25 @@ FORM = ChunkForm(LAYOUT, LAYOUT.whole)
 DEADLINE_S = 300.0
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="make bench NAME=roundtrip", description=__doc__)
     parser.add_argument("--chunks", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=5)
-    arguments = parser.parse_args()
+    options = parser.parse_args(arguments)
     with ExitStack() as stack:
         cases = [
-            Case(stack, name, make, codec, arguments.chunks)
+            Case(stack, name, make, codec, options.chunks)
             for name, make in _backends(stack).items()
             for codec in ("none", "zstd:1")
         ]
-        for round_ in range(arguments.rounds + 1):
-            say(f"round {round_} of {arguments.rounds}" if round_ else "warming up")
+        for round_ in range(options.rounds + 1):
+            say(f"round {round_} of {options.rounds}" if round_ else "warming up")
             for case in cases:
                 case.run(round_)
         rows = [case.row() for case in cases]
     _print_table(rows)
     print_result(
-        {"machine": machine(), "chunks": arguments.chunks, "chunk_bytes": FORM.raw_bytes, "cases": rows}
+        {"machine": machine(), "chunks": options.chunks, "chunk_bytes": FORM.raw_bytes, "cases": rows}
     )
 
 
