@@ -36,7 +36,7 @@ $(BENCH_STAMP): $(STAMP) pyproject.toml constraints.txt
 
 bench: $(if $(filter $(BENCH_ALONE),$(NAME)),$(BENCH_STAMP),$(STAMP)) ## Run one benchmark: NAME=roundtrip; without NAME, lists them
 	@test -n '$(NAME)' || { echo "usage: make bench NAME=x [ARGS=--help], x one of:"; \
-		for file in $$(grep -l '^if __name__' benchmarks/*.py); do \
+		for file in $$(grep -l 'prog="make bench' benchmarks/*.py); do \
 			printf '  %-14s %s\n' "$$(basename $$file .py)" "$$(sed -n '1s/^"""//p' $$file)"; done; exit 2; }
 	@$(if $(filter $(BENCH_ALONE),$(NAME)),$(BENCH_VENV)/bin,$(BIN))/python -m benchmarks.$(NAME) $(ARGS)
 
