@@ -1,114 +1,169 @@
-"""Fetching one chunk from the backend into an arena slot, verified section by section."""
+"""Fetching one chunk from a tier into an arena slot, verified section by section."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from kvstore.arena import Arena, Slot
-from kvstore.backends.contract import ABSENT, Backend
+from kvstore.backends.contract import ABSENT, Buffer, ReadResult
 from kvstore.chunk import ChunkHeader, check_header, decode_header, verify_section
 from kvstore.codecs.registry import decoder
 from kvstore.errors import MissError, MissReason
 from kvstore.event_loop import EventLoopThread
-from kvstore.fetch_gate import FetchGate
 from kvstore.keys import ChunkKey, object_name
 from kvstore.layout import ChunkForm
-from kvstore.plan import FetchLimits, first_read_bytes, layer_groups
-from kvstore.retries import retrying
+from kvstore.plan import FetchLimits, first_read_bytes, layer_groups, missing_groups
+from kvstore.range_reader import RangeReader
 
-# Told which layers of the chunk now lie verified in the slot, in host form.
-OnLayers = Callable[[range], None]
+
+class Landing(Protocol):
+    """Where a chunk comes down. `slot` takes the raw stored form: header room, then host form.
+
+    order   place among the chunks of a load, for the layer-major order
+    landed  by layer: whether it lies verified in the slot, in host form, not to be written again
+    header  that of the object which layers came from, once one has
+    """
+
+    @property
+    def key(self) -> ChunkKey:
+        """The chunk."""
+        ...
+
+    @property
+    def order(self) -> int:
+        """See above."""
+        ...
+
+    @property
+    def slot(self) -> Slot:
+        """See above."""
+        ...
+
+    @property
+    def landed(self) -> Sequence[bool]:
+        """See above."""
+        ...
+
+    header: ChunkHeader | None
+
+    def land(self, layers: range) -> None:
+        """Take note that these layers have come."""
+        ...
+
+
+class StoredCopy(Protocol):
+    """Takes a copy of an object's bytes as they are verified, in any order; never raises."""
+
+    async def write(self, offset: int, parts: Sequence[Buffer]) -> None:
+        """Take `parts`, which begin at byte `offset`; they are borrowed until it returns."""
+        ...
 
 
 @dataclass(frozen=True)
 class ChunkFetcher:
-    """Reads chunks of one form. A slot takes the raw stored form: header room, then host form.
+    """Reads chunks of one form.
 
-    scratch  slots of `scratch_bytes` for sections that must be decoded into place
+    scratch  slots of at least `largest_read_bytes` for sections that must be decoded into place
     """
 
-    backend: Backend
     prefix: str
     form: ChunkForm
     limits: FetchLimits
-    gate: FetchGate
     loop: EventLoopThread
     scratch: Arena
 
-    @staticmethod
-    def scratch_bytes(form: ChunkForm, limits: FetchLimits) -> int:
-        """How large a scratch slot must be for any one read."""
-        return max(first_read_bytes(form, limits), limits.group_bytes, form.stride)
-
-    async def fetch(self, key: ChunkKey, order: int, slot: Slot, on_layers: OnLayers) -> None:
-        """Fill `slot` with the chunk and report layers as they are verified.
-
-        order  place among the chunks of a load, for the layer-major order
+    async def fetch(self, reader: RangeReader, landing: Landing, copy: StoredCopy | None) -> None:
+        """Bring what has not landed of the chunk, in layer order, from the reader's tier.
 
         Raises MissError for anything that cannot be trusted, RetryableError and
-        MisconfiguredError as the backend does. When it has ended, cancelled too, nothing writes
-        to the slot any more.
+        MisconfiguredError as the tier does. When it has ended, cancelled too, nothing writes to
+        the slot any more.
         """
-        name = object_name(self.prefix, key, self.form.shard)
-        first = slot.memory[: first_read_bytes(self.form, self.limits)]
-        async with self.gate.enter((0, order)):
-            etag, length, object_bytes = await self._read(name, 0, first, etag=None)
-        header = decode_header(first[:length])
-        check_header(header, self.form, key, object_bytes)
-        groups = layer_groups(header.extents, length, self.limits)
-        here = range(groups[0].start if groups else self.form.layers)
-        if here:
-            await self._settle_first(header, here, first, slot)
-            on_layers(here)
+        name = object_name(self.prefix, landing.key, self.form.shard)
+        groups = layer_groups(self.form, self.limits, reader.link.link_bytes)
+        fetch = _Fetch(reader, landing, copy, name)
+        await self._fetch_first(fetch, first_read_bytes(self.form, groups))
+        missing = missing_groups(groups, landing.landed)
+        if len(missing) == 1:
+            await self._fetch_part(fetch, missing[0])
+            return
         try:
             async with asyncio.TaskGroup() as tasks:
-                for group in groups:
-                    part = _Part(name, etag, header, group, (group.start, order))
-                    tasks.create_task(self._fetch_part(part, slot, on_layers))
+                for layers in missing:
+                    tasks.create_task(self._fetch_part(fetch, layers))
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None
 
-    async def _settle_first(self, header: ChunkHeader, here: range, first: memoryview, slot: Slot) -> None:
-        if self._in_place(header, here):
-            await self.loop.work(self._verify, header, here, first, 0, None)
-            return
-        # Encoded: it landed where it must be decoded to, before anyone could know.
-        async with self._scratch() as scratch:
-            end = header.extents[here.stop - 1].stop
-            scratch[:end] = first[:end]
-            await self.loop.work(self._verify, header, here, scratch, 0, slot)
-
-    async def _fetch_part(self, part: _Part, slot: Slot, on_layers: OnLayers) -> None:
-        in_place = self._in_place(part.header, part.layers)
+    async def _fetch_first(self, fetch: _Fetch, length: int) -> None:
+        """Read the header and the layers behind it in one request."""
+        landing = fetch.landing
         async with AsyncExitStack() as held:
-            async with self.gate.enter(part.priority):
+            async with fetch.reader.turn((0, landing.order)):
+                in_slot = not any(landing.landed)
+                memory = landing.slot.memory if in_slot else await held.enter_async_context(self._scratch())
+                first = memory[:length]
+                answer = await self._read(fetch, 0, first)
+            header = decode_header(first[: answer.length])
+            check_header(header, self.form, landing.key, answer.object_bytes)
+            if landing.header not in (None, header):
+                raise MissError(MissReason.CHANGED, f"object {fetch.name} is not the one seen before")
+            landing.header = fetch.header = header
+            fetch.etag = answer.etag
+            here = range(sum(extent.stop <= answer.length for extent in header.extents))
+            if not here:
+                raise MissError(
+                    MissReason.TRUNCATED, f"object {fetch.name}: a read of {length} got {answer.length}"
+                )
+            stored = first[: header.extents[here.stop - 1].stop]
+            if in_slot and not self._in_place(header, here):
+                # It landed where it must be decoded to, before anyone could know.
+                scratch = await held.enter_async_context(self._scratch())
+                scratch[: len(stored)] = stored
+                stored, in_slot = scratch[: len(stored)], False
+            await self._land(fetch, here, stored, 0, in_slot=in_slot)
+
+    async def _fetch_part(self, fetch: _Fetch, layers: range) -> None:
+        """Read consecutive sections in one request."""
+        extents, landing = fetch.header.extents, fetch.landing
+        start, stop = extents[layers.start].start, extents[layers.stop - 1].stop
+        in_slot = self._in_place(fetch.header, layers)
+        async with AsyncExitStack() as held:
+            async with fetch.reader.turn((layers.start, landing.order)):
                 # Not before: whoever holds scratch must not wait for its turn behind others.
                 memory = (
-                    slot.memory[part.start :] if in_place else await held.enter_async_context(self._scratch())
+                    landing.slot.memory[start:]
+                    if in_slot
+                    else await held.enter_async_context(self._scratch())
                 )
-                target = memory[: part.stop - part.start]
-                _, length, _ = await self._read(part.name, part.start, target, etag=part.etag)
-            if length != len(target):
+                stored = memory[: stop - start]
+                answer = await self._read(fetch, start, stored)
+            if answer.length != len(stored):
                 raise MissError(
-                    MissReason.TRUNCATED, f"object {part.name}: a read of {len(target)} got {length}"
+                    MissReason.TRUNCATED, f"object {fetch.name}: a read of {len(stored)} got {answer.length}"
                 )
-            into = None if in_place else slot
-            await self.loop.work(self._verify, part.header, part.layers, target, part.start, into)
-        on_layers(part.layers)
+            await self._land(fetch, layers, stored, start, in_slot=in_slot)
 
-    @retrying
-    async def _read(
-        self, name: str, offset: int, out: memoryview, *, etag: str | None
-    ) -> tuple[str, int, int]:
-        result = await self.backend.read_into(name, offset, out, if_match=etag)
-        if result is ABSENT:
-            raise MissError(MissReason.ABSENT, f"object {name} is not there")
-        if etag is not None and result.etag != etag:
-            raise MissError(MissReason.CHANGED, f"object {name} was replaced while it was read")
-        return result.etag, result.length, result.object_bytes
+    async def _read(self, fetch: _Fetch, offset: int, out: memoryview) -> ReadResult:
+        answer = await fetch.reader.read(fetch.name, offset, out, etag=fetch.etag)
+        if answer is ABSENT:
+            raise MissError(MissReason.ABSENT, f"object {fetch.name} is not there")
+        if fetch.etag is not None and answer.etag != fetch.etag:
+            raise MissError(MissReason.CHANGED, f"object {fetch.name} was replaced while it was read")
+        return answer
+
+    async def _land(
+        self, fetch: _Fetch, layers: range, stored: memoryview, first_byte: int, *, in_slot: bool
+    ) -> None:
+        """Verify sections in `stored`, which begins at `first_byte` of the object, and put them in place."""
+        into = None if in_slot else fetch.landing.slot
+        await self.loop.work(self._verify, fetch, layers, stored, first_byte, into)
+        fetch.landing.land(layers)
+        if fetch.copy is not None:
+            await fetch.copy.write(first_byte, [stored])
 
     @asynccontextmanager
     async def _scratch(self) -> AsyncIterator[memoryview]:
@@ -120,7 +175,7 @@ class ChunkFetcher:
 
     def _in_place(self, header: ChunkHeader, layers: range) -> bool:
         """Whether these sections lie in the object, unencoded, just where they lie in a slot."""
-        return all(
+        return header.raw or all(
             header.codec_name(header.sections[layer]) is None
             and header.extents[layer].start == self._slot_offset(layer)
             for layer in layers
@@ -130,43 +185,34 @@ class ChunkFetcher:
         return self.form.header_bytes + layer * self.form.stride
 
     def _verify(
-        self, header: ChunkHeader, layers: range, data: memoryview, first_byte: int, into: Slot | None
+        self, fetch: _Fetch, layers: range, stored: memoryview, first_byte: int, into: Slot | None
     ) -> None:
-        """Compare checksums of sections in `data`, which begins at `first_byte` of the object.
-
-        With `into`, each is then decoded to its place there.
-        """
+        """Compare checksums. With `into`, what has not landed is then decoded to its place there."""
+        header = fetch.header
         for layer in layers:
             section, extent = header.sections[layer], header.extents[layer]
-            stored = data[extent.start - first_byte : extent.stop - first_byte]
-            verify_section(section, stored)
-            if into is None:
+            data = stored[extent.start - first_byte : extent.stop - first_byte]
+            verify_section(section, data)
+            if into is None or fetch.landing.landed[layer]:
                 continue
             start = self._slot_offset(layer)
             host = into.memory[start : start + self.form.section_bytes]
             codec = header.codec_name(section)
             if codec is None:
-                host[:] = stored[: section.stored_bytes]
+                host[:] = data[: section.stored_bytes]
             else:
-                decoder(codec).decode(stored[: section.stored_bytes], host)
+                decoder(codec).decode(data[: section.stored_bytes], host)
             # The slot may be saved again as it lies; what stood there before may be another's.
             into.memory[start + self.form.section_bytes : start + self.form.stride] = self.form.padding
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """One ranged read of one object: consecutive sections."""
+@dataclass
+class _Fetch:
+    """One chunk on its way from one tier; `header` and `etag` are known once the first read is done."""
 
+    reader: RangeReader
+    landing: Landing
+    copy: StoredCopy | None
     name: str
-    etag: str
-    header: ChunkHeader
-    layers: range
-    priority: tuple[int, int]
-
-    @property
-    def start(self) -> int:
-        return self.header.extents[self.layers.start].start
-
-    @property
-    def stop(self) -> int:
-        return self.header.extents[self.layers.stop - 1].stop
+    etag: str | None = None
+    header: ChunkHeader = field(init=False)

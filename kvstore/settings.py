@@ -116,7 +116,7 @@ class Settings(BaseSettings):
     presence_ttl_s: Seconds = Field(
         60.0, description="seconds a lookup may trust that a chunk seen is still there"
     )
-    fetch_concurrency: Count = Field(16, description="ranged reads in flight at once")
+    fetch_concurrency: Count = Field(64, description="ranged reads in flight at once, at most")
     upload_concurrency: Count = Field(4, description="uploads in flight at once")
     upload_queue_bytes: Bytes = Field(
         ByteSize(1 << 29), description="a size such as 512MiB: saved chunks that may wait for upload"

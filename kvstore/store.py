@@ -12,16 +12,17 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
+from kvstore import prefault
 from kvstore.arena import Arena, Slot, whole_pages
 from kvstore.backends.contract import Backend
 from kvstore.backends.metered import MeteredBackend
 from kvstore.backends.opening import open_backend
 from kvstore.chunk_fetch import ChunkFetcher
+from kvstore.chunk_flight import ChunkFlights, Route
 from kvstore.chunk_writer import ChunkWriter
 from kvstore.codecs.registry import parse_codec
 from kvstore.errors import LayoutMismatchError, MisconfiguredError, StoreClosedError
 from kvstore.event_loop import FORKED, EventLoopThread
-from kvstore.fetch_gate import FetchGate
 from kvstore.handles import Durability, FlushReport, LoadHandle, LookupResult, SaveHandle, SaveOutcome
 from kvstore.keys import ChunkKey, PrefixChain, format_folder
 from kvstore.layout import ChunkForm, KVLayout, Shard
@@ -30,8 +31,9 @@ from kvstore.memory_tier import MemoryTier
 from kvstore.metrics import Metrics
 from kvstore.namespace import Namespace
 from kvstore.pages import PageSink, PageSource
-from kvstore.plan import FetchLimits
+from kvstore.plan import FetchLimits, largest_read_bytes
 from kvstore.presence import Presence
+from kvstore.range_reader import RangeReader
 from kvstore.read_path import ChunkLoad, ReadPath
 from kvstore.settings import Settings, load_settings
 from kvstore.warn import BACKEND_TROUBLE, WarnRarely
@@ -76,7 +78,7 @@ class KVStore:
         limits = FetchLimits()
         self._memory = _memory_tier(form, settings)
         with _allocating("KVSTORE_FETCH_CONCURRENCY", settings.fetch_concurrency):
-            scratch = Arena(ChunkFetcher.scratch_bytes(form, limits), settings.fetch_concurrency)
+            scratch = Arena(largest_read_bytes(form, limits), settings.fetch_concurrency)
         with _allocating("KVSTORE_UPLOAD_CONCURRENCY", settings.upload_concurrency):
             writer = ChunkWriter(form, parse_codec(settings.codec), settings.upload_concurrency)
         self.form = form
@@ -97,6 +99,8 @@ class KVStore:
         )
         self._reads = self._read_path(limits, scratch)
         self._writes = self._write_behind(writer)
+        self._watch_occupancy()
+        self._prefault = prefault.in_background(self._memory.arena.memory)
         self._closing = threading.Lock()
         self._closed = False
         self._connected = self._loop.submit(self._connect())
@@ -146,7 +150,7 @@ class KVStore:
         """
         self._check_open()
         self._check_layout(chain.namespace)
-        return self._loop.run(
+        return self._lookups.at_once(chain.keys) or self._loop.run(
             self._lookups.run(chain.keys, _given(timeout_s, self._settings.lookup_timeout_s))
         )
 
@@ -213,6 +217,7 @@ class KVStore:
             if self._closed:
                 return FlushReport(0, 0)
             self._closed = True
+            self._prefault.set()
             self._writes.refuse()
             report = self._loop.run(self._writes.flush(self._settings.close_timeout_s))
             if report.chunks_left:
@@ -237,19 +242,20 @@ class KVStore:
         self.close()
 
     def _read_path(self, limits: FetchLimits, scratch: Arena) -> ReadPath:
-        fetcher = ChunkFetcher(
-            backend=self._backend,
-            prefix=self._settings.prefix,
-            form=self.form,
-            limits=limits,
-            gate=FetchGate(self._settings.fetch_concurrency),
-            loop=self._loop,
-            scratch=scratch,
+        settings = self._settings
+        route = Route(
+            memory=self._memory,
+            presence=self._presence,
+            fetcher=ChunkFetcher(settings.prefix, self.form, limits, self._loop, scratch),
+            backend=RangeReader(
+                "backend", self._backend.read_into, settings.fetch_concurrency, self.metrics, scratch
+            ),
+            metrics=self.metrics,
         )
         return ReadPath(
             form=self.form,
             memory=self._memory,
-            fetcher=fetcher,
+            flights=ChunkFlights(route),
             presence=self._presence,
             metrics=self.metrics,
             loop=self._loop,
@@ -269,6 +275,11 @@ class KVStore:
             loop=self._loop,
             warn=self._warn,
         )
+
+    def _watch_occupancy(self) -> None:
+        memory, arena = self._memory, self._memory.arena
+        self.metrics.watch_arena(used=lambda: arena.slots - arena.free, free=lambda: arena.free)
+        self.metrics.watch_tier("memory", lambda: len(memory))
 
     def _queue_chunks(self) -> int:
         """How many chunks may wait for upload: they hold their slots, and loads need some too."""

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 
 from kvstore.arena import Slot
 from kvstore.backends.contract import Backend, Buffer, PutStatus
@@ -21,7 +22,7 @@ from kvstore.layout import ChunkForm
 from kvstore.metrics import Metrics
 from kvstore.namespace import Namespace
 from kvstore.presence import Presence
-from kvstore.retries import retrying
+from kvstore.retries import retried
 from kvstore.warn import BACKEND_TROUBLE, WarnRarely
 
 _log = logging.getLogger("kvstore.write_behind")
@@ -59,6 +60,7 @@ class WriteBehind:
         self._limits = limits
         self._presence = presence
         self._metrics = metrics
+        self._retries = metrics.retried_writes()
         self._loop = loop
         self._warn = warn
         self._lock = threading.Lock()
@@ -155,18 +157,18 @@ class WriteBehind:
         self._presence.note_stored(key)
         return SaveOutcome.STORED if status is PutStatus.CREATED else SaveOutcome.PRESENT
 
-    @retrying
     async def _put(self, key: ChunkKey, parts: Sequence[Buffer]) -> PutStatus:
         name = object_name(self._prefix, key, self._form.shard)
         # An object seen to be damaged is the one thing that is ever replaced.
         if_absent = not self._presence.is_damaged(key)
-        return (await self._backend.put(name, parts, if_absent=if_absent)).status
+        put = partial(self._backend.put, name, parts, if_absent=if_absent)
+        return (await retried(put, self._retries.inc)).status
 
-    @retrying
     async def _describe(self, namespace: Namespace) -> None:
         """Say in the bucket what the namespace is, once per store."""
         async with self._describing:
             if namespace.digest not in self._described:
                 name = namespace_document_name(self._prefix, namespace.name)
-                await self._backend.put(name, [namespace.document()], if_absent=True)
+                put = partial(self._backend.put, name, [namespace.document()], if_absent=True)
+                await retried(put, self._retries.inc)
                 self._described.add(namespace.digest)

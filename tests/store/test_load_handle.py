@@ -181,6 +181,22 @@ def test_a_layer_is_ready_when_it_is_in_pages_not_when_it_has_arrived(opened):
     pages.assert_holds(range(4), layers=range(1))
 
 
+@pytest.mark.usefixtures("layer_by_layer")
+def test_a_layer_is_counted_as_late_when_it_is_asked_for_before_it_is_there(opened):
+    backend, gate = ScriptedBackend(stored_chunks(CHAIN)), Gate()
+    backend.when("get", gate, applies=lambda call: layer_of(call) == 2)
+    store = opened(backend)
+    load = store.load(CHAIN, range(4), Pages(4))
+    with pytest.raises(TimeoutError):
+        load.wait_layer(2, 0)
+    assert store.metrics.value("kvstore_late_layers_total") == 1
+    gate.open()
+    load.wait(PATIENCE_S)
+    for layer in range(LAYERS):
+        load.wait_layer(layer)
+    assert store.metrics.value("kvstore_late_layers_total") == 1
+
+
 @pytest.mark.parametrize("layer", [-1, LAYERS, 99])
 def test_a_layer_there_is_not_is_an_index_error(opened, layer):
     store = opened(ScriptedBackend(stored_chunks(CHAIN)))
@@ -370,7 +386,7 @@ def test_cancelled_at_any_moment_pages_are_right_and_no_slot_is_lost(opened, cod
         result = load.cancel()
         pages.assert_holds(range(result.chunks))
         assert_nothing_is_written_any_more(store, pages)
-        scratch = store._reads.fetcher.scratch
+        scratch = store._reads.flights._route.fetcher.scratch
         settle(store)
         assert scratch.free == scratch.slots
         assert store._memory.arena.free + len(store._memory) == store._memory.arena.slots
@@ -518,7 +534,7 @@ def test_a_chunk_no_longer_wanted_keeps_its_memory_until_its_decoder_is_done(ope
         gates[index].wait_arrivals()
         gates[index].open()
         settle(store)
-    arena, scratch = store._memory.arena, store._reads.fetcher.scratch
+    arena, scratch = store._memory.arena, store._reads.flights._route.fetcher.scratch
     try:
         assert decoding.inside == 1
         assert arena.free == arena.slots - 1

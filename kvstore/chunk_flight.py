@@ -1,0 +1,147 @@
+"""Chunks on their way into memory: one flight a chunk, however many loads wait for it."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Protocol
+
+from kvstore.arena import Slot
+from kvstore.chunk import ChunkHeader
+from kvstore.chunk_fetch import ChunkFetcher
+from kvstore.errors import MissError
+from kvstore.keys import ChunkKey
+from kvstore.memory_tier import MemoryTier
+from kvstore.metrics import Metrics
+from kvstore.presence import DAMAGE, Presence
+from kvstore.range_reader import RangeReader
+
+
+class Rider(Protocol):
+    """A load that waits for a chunk. Called on the store's loop."""
+
+    def landed(self, flight: ChunkFlight, layers: range) -> None:
+        """These layers of the chunk lie verified in the flight's slot; retain it to keep them."""
+        ...
+
+    def ended(self, flight: ChunkFlight, error: Exception | None) -> None:
+        """Everything has landed, or nothing more will because of `error`."""
+        ...
+
+
+class ChunkFlight:
+    """One chunk on its way. See `Landing` for what a fetcher makes of it.
+
+    tier  where it comes from; known when the first layers have landed
+    """
+
+    def __init__(self, key: ChunkKey, order: int, layers: int) -> None:
+        self.key = key
+        self.order = order
+        self.landed = [False] * layers
+        self.header: ChunkHeader | None = None
+        self.tier = ""
+        self.riders: list[Rider] = []
+        self.task: asyncio.Task[None] | None = None
+        self._slot: Slot | None = None
+
+    @property
+    def slot(self) -> Slot:
+        """Where the chunk lands; the flight holds a reference while it lasts."""
+        assert self._slot is not None
+        return self._slot
+
+    @slot.setter
+    def slot(self, slot: Slot) -> None:
+        self._slot = slot
+
+    def land(self, layers: range) -> None:
+        """Tell every rider that these layers have come."""
+        for layer in layers:
+            self.landed[layer] = True
+        for rider in tuple(self.riders):
+            rider.landed(self, layers)
+
+    def board(self, rider: Rider) -> None:
+        """Let one more rider know what has landed, and what will."""
+        self.riders.append(rider)
+        for layer, here in enumerate(self.landed):
+            if here:
+                rider.landed(self, range(layer, layer + 1))
+
+
+@dataclass(frozen=True)
+class Route:
+    """Where flights come from and go to."""
+
+    memory: MemoryTier
+    presence: Presence
+    fetcher: ChunkFetcher
+    backend: RangeReader
+    metrics: Metrics
+
+
+class ChunkFlights:
+    """The flights under way. Used on the store's loop alone.
+
+    Every flight has a task and a slot of its own, and none waits for another. So an arena smaller
+    than a load slows it down and never stops it.
+    """
+
+    def __init__(self, route: Route) -> None:
+        self._route = route
+        self._under_way: dict[bytes, ChunkFlight] = {}
+
+    def board(self, key: ChunkKey, order: int, rider: Rider) -> ChunkFlight:
+        """Wait for a chunk, with those who wait for it already if there are any.
+
+        `rider` may be told of layers before this returns. It must `leave` if it loses interest.
+        """
+        flight = self._under_way.get(key.hash)
+        if flight is None:
+            flight = ChunkFlight(key, order, self._route.fetcher.form.layers)
+            self._under_way[key.hash] = flight
+            flight.task = asyncio.create_task(self._fly(flight))
+        flight.board(rider)
+        return flight
+
+    def leave(self, flight: ChunkFlight, rider: Rider) -> asyncio.Task[None] | None:
+        """Not wait any longer. The last one to leave ends the flight: its task, to be waited for."""
+        flight.riders.remove(rider)
+        if flight.riders or all(flight.landed):
+            return None
+        self._forget(flight)
+        assert flight.task is not None
+        flight.task.cancel()
+        return flight.task
+
+    def _forget(self, flight: ChunkFlight) -> None:
+        if self._under_way.get(flight.key.hash) is flight:
+            del self._under_way[flight.key.hash]
+
+    async def _fly(self, flight: ChunkFlight) -> None:
+        error: Exception | None = None
+        try:
+            flight.slot = await self._route.memory.arena.acquire()
+            try:
+                await self._fetch(flight)
+                self._route.memory.admit(flight.key, flight.slot)
+            finally:
+                flight.slot.release()
+        except Exception as failure:
+            error = failure
+        finally:
+            self._forget(flight)
+        for rider in tuple(flight.riders):
+            rider.ended(flight, error)
+
+    async def _fetch(self, flight: ChunkFlight) -> None:
+        route = self._route
+        flight.tier = route.backend.tier
+        try:
+            await route.fetcher.fetch(route.backend, flight, None)
+        except MissError as miss:
+            if miss.reason in DAMAGE:
+                route.metrics.corrupt_chunks.labels(flight.tier, miss.reason.value).inc()
+            raise
+        route.presence.note_stored(flight.key)
