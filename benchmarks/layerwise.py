@@ -172,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, nargs="*", help="only these cases, as many stored as computed")
     parser.add_argument("--memory-mib", type=int, default=2304, help="KVSTORE_MEMORY_BYTES")
-    parser.add_argument("--requests", type=int, default=32, help="KVSTORE_FETCH_CONCURRENCY")
+    parser.add_argument("--requests", type=int, default=64, help="KVSTORE_FETCH_CONCURRENCY")
     options = parser.parse_args(arguments)
     sizes = [(tokens, tokens) for tokens in options.tokens] if options.tokens else CASES
     cases = [Case(*size) for size in sizes]

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from kvstore.arena import Arena, Slot
 from kvstore.backends.contract import ABSENT, Buffer, ReadResult
@@ -20,11 +20,24 @@ from kvstore.plan import FetchLimits, first_read_bytes, layer_groups, missing_gr
 from kvstore.range_reader import RangeReader
 
 
+class Berth(NamedTuple):
+    """Memory in which part of a chunk lies as in the raw stored form: byte `start` of it comes first."""
+
+    slot: Slot
+    start: int
+
+    def view(self, start: int, stop: int) -> memoryview:
+        """Bytes [start, stop) of the raw stored form."""
+        return self.slot.memory[start - self.start : stop - self.start]
+
+
 class Landing(Protocol):
-    """Where a chunk comes down. `slot` takes the raw stored form: header room, then host form.
+    """Where a chunk comes down.
 
     order   place among the chunks of a load, for the layer-major order
-    landed  by layer: whether it lies verified in the slot, in host form, not to be written again
+    slot    takes the whole raw stored form: header room, then host form. None: memory is short,
+            and each read gets a berth of its own that is gone when `land` has returned
+    landed  by layer: whether it has come, verified and in host form, and is not to be written again
     header  that of the object which layers came from, once one has
     """
 
@@ -39,7 +52,7 @@ class Landing(Protocol):
         ...
 
     @property
-    def slot(self) -> Slot:
+    def slot(self) -> Slot | None:
         """See above."""
         ...
 
@@ -50,8 +63,8 @@ class Landing(Protocol):
 
     header: ChunkHeader | None
 
-    def land(self, layers: range) -> None:
-        """Take note that these layers have come."""
+    def land(self, layers: range, berth: Berth) -> None:
+        """Take note that these layers lie in `berth`; retain its slot to keep them."""
         ...
 
 
@@ -67,7 +80,11 @@ class StoredCopy(Protocol):
 class ChunkFetcher:
     """Reads chunks of one form.
 
-    scratch  slots of at least `largest_read_bytes` for sections that must be decoded into place
+    scratch  for sections on their way from stored to host form
+    transit  for host form on its way to pages where memory is short
+
+    Both have slots of `largest_read_bytes`. Scratch is given back without waiting for transit's
+    holders, who wait for sinks alone; so no two reads can wait for each other.
     """
 
     prefix: str
@@ -75,13 +92,14 @@ class ChunkFetcher:
     limits: FetchLimits
     loop: EventLoopThread
     scratch: Arena
+    transit: Arena
 
     async def fetch(self, reader: RangeReader, landing: Landing, copy: StoredCopy | None) -> None:
         """Bring what has not landed of the chunk, in layer order, from the reader's tier.
 
         Raises MissError for anything that cannot be trusted, RetryableError and
         MisconfiguredError as the tier does. When it has ended, cancelled too, nothing writes to
-        the slot any more.
+        a slot any more.
         """
         name = object_name(self.prefix, landing.key, self.form.shard)
         groups = layer_groups(self.form, self.limits, reader.link.link_bytes)
@@ -103,49 +121,57 @@ class ChunkFetcher:
         landing = fetch.landing
         async with AsyncExitStack() as held:
             async with fetch.reader.turn((0, landing.order)):
-                in_slot = not any(landing.landed)
-                memory = landing.slot.memory if in_slot else await held.enter_async_context(self._scratch())
-                first = memory[:length]
-                answer = await self._read(fetch, 0, first)
-            header = decode_header(first[: answer.length])
-            check_header(header, self.form, landing.key, answer.object_bytes)
-            if landing.header not in (None, header):
-                raise MissError(MissReason.CHANGED, f"object {fetch.name} is not the one seen before")
-            landing.header = fetch.header = header
-            fetch.etag = answer.etag
-            here = range(sum(extent.stop <= answer.length for extent in header.extents))
-            if not here:
-                raise MissError(
-                    MissReason.TRUNCATED, f"object {fetch.name}: a read of {length} got {answer.length}"
-                )
-            stored = first[: header.extents[here.stop - 1].stop]
-            if in_slot and not self._in_place(header, here):
+                berth = await held.enter_async_context(self._berth(landing, 0))
+                # What has landed in a slot is not to be written again.
+                direct = landing.slot is None or not any(landing.landed)
+                memory = berth.slot.memory if direct else await held.enter_async_context(self._scratch())
+                stored = memory[:length]
+                answer = await self._read(fetch, 0, stored)
+            here = self._open(fetch, stored, answer)
+            stored = stored[: fetch.header.extents[here.stop - 1].stop]
+            if direct and not self._in_place(fetch.header, here):
                 # It landed where it must be decoded to, before anyone could know.
-                scratch = await held.enter_async_context(self._scratch())
-                scratch[: len(stored)] = stored
-                stored, in_slot = scratch[: len(stored)], False
-            await self._land(fetch, here, stored, 0, in_slot=in_slot)
+                scratch = (await held.enter_async_context(self._scratch()))[: len(stored)]
+                scratch[:] = stored
+                stored, direct = scratch, False
+            await self._land(fetch, _Part(here, stored, 0), berth, in_place=direct)
+
+    def _open(self, fetch: _Fetch, stored: memoryview, answer: ReadResult) -> range:
+        """Check the header that `stored` begins with; the layers that are there whole."""
+        landing = fetch.landing
+        header = decode_header(stored[: answer.length])
+        check_header(header, self.form, landing.key, answer.object_bytes)
+        if landing.header not in (None, header):
+            raise MissError(MissReason.CHANGED, f"object {fetch.name} is not the one seen before")
+        here = range(sum(extent.stop <= answer.length for extent in header.extents))
+        if not here:
+            raise MissError(
+                MissReason.TRUNCATED, f"object {fetch.name}: a read of {len(stored)} got {answer.length}"
+            )
+        landing.header = fetch.header = header
+        fetch.etag = answer.etag
+        return here
 
     async def _fetch_part(self, fetch: _Fetch, layers: range) -> None:
         """Read consecutive sections in one request."""
         extents, landing = fetch.header.extents, fetch.landing
         start, stop = extents[layers.start].start, extents[layers.stop - 1].stop
-        in_slot = self._in_place(fetch.header, layers)
+        in_place = self._in_place(fetch.header, layers)
         async with AsyncExitStack() as held:
             async with fetch.reader.turn((layers.start, landing.order)):
-                # Not before: whoever holds scratch must not wait for its turn behind others.
-                memory = (
-                    landing.slot.memory[start:]
-                    if in_slot
-                    else await held.enter_async_context(self._scratch())
+                # Not before: whoever holds memory must not wait for its turn behind others.
+                berth = await held.enter_async_context(self._berth(landing, self._slot_offset(layers.start)))
+                stored = (
+                    berth.view(start, stop)
+                    if in_place
+                    else (await held.enter_async_context(self._scratch()))[: stop - start]
                 )
-                stored = memory[: stop - start]
                 answer = await self._read(fetch, start, stored)
             if answer.length != len(stored):
                 raise MissError(
                     MissReason.TRUNCATED, f"object {fetch.name}: a read of {len(stored)} got {answer.length}"
                 )
-            await self._land(fetch, layers, stored, start, in_slot=in_slot)
+            await self._land(fetch, _Part(layers, stored, start), berth, in_place=in_place)
 
     async def _read(self, fetch: _Fetch, offset: int, out: memoryview) -> ReadResult:
         answer = await fetch.reader.read(fetch.name, offset, out, etag=fetch.etag)
@@ -155,15 +181,23 @@ class ChunkFetcher:
             raise MissError(MissReason.CHANGED, f"object {fetch.name} was replaced while it was read")
         return answer
 
-    async def _land(
-        self, fetch: _Fetch, layers: range, stored: memoryview, first_byte: int, *, in_slot: bool
-    ) -> None:
-        """Verify sections in `stored`, which begins at `first_byte` of the object, and put them in place."""
-        into = None if in_slot else fetch.landing.slot
-        await self.loop.work(self._verify, fetch, layers, stored, first_byte, into)
-        fetch.landing.land(layers)
+    async def _land(self, fetch: _Fetch, part: _Part, berth: Berth, *, in_place: bool) -> None:
+        """Verify sections, put those that are not in place there, and say that they have come."""
+        await self.loop.work(self._verify, fetch, part, None if in_place else berth)
+        fetch.landing.land(part.layers, berth)
         if fetch.copy is not None:
-            await fetch.copy.write(first_byte, [stored])
+            await fetch.copy.write(part.first_byte, [part.stored])
+
+    @asynccontextmanager
+    async def _berth(self, landing: Landing, start: int) -> AsyncIterator[Berth]:
+        if landing.slot is not None:
+            yield Berth(landing.slot, 0)
+            return
+        slot = await self.transit.acquire()
+        try:
+            yield Berth(slot, start)
+        finally:
+            slot.release()
 
     @asynccontextmanager
     async def _scratch(self) -> AsyncIterator[memoryview]:
@@ -184,26 +218,25 @@ class ChunkFetcher:
     def _slot_offset(self, layer: int) -> int:
         return self.form.header_bytes + layer * self.form.stride
 
-    def _verify(
-        self, fetch: _Fetch, layers: range, stored: memoryview, first_byte: int, into: Slot | None
-    ) -> None:
+    def _verify(self, fetch: _Fetch, part: _Part, into: Berth | None) -> None:
         """Compare checksums. With `into`, what has not landed is then decoded to its place there."""
         header = fetch.header
-        for layer in layers:
+        for layer in part.layers:
             section, extent = header.sections[layer], header.extents[layer]
-            data = stored[extent.start - first_byte : extent.stop - first_byte]
+            data = part.stored[extent.start - part.first_byte : extent.stop - part.first_byte]
             verify_section(section, data)
             if into is None or fetch.landing.landed[layer]:
                 continue
             start = self._slot_offset(layer)
-            host = into.memory[start : start + self.form.section_bytes]
+            place = into.view(start, start + self.form.stride)
+            host = place[: self.form.section_bytes]
             codec = header.codec_name(section)
             if codec is None:
                 host[:] = data[: section.stored_bytes]
             else:
                 decoder(codec).decode(data[: section.stored_bytes], host)
             # The slot may be saved again as it lies; what stood there before may be another's.
-            into.memory[start + self.form.section_bytes : start + self.form.stride] = self.form.padding
+            place[self.form.section_bytes :] = self.form.padding
 
 
 @dataclass
@@ -216,3 +249,11 @@ class _Fetch:
     name: str
     etag: str | None = None
     header: ChunkHeader = field(init=False)
+
+
+class _Part(NamedTuple):
+    """Sections in stored form: what begins at `first_byte` of the object, read into `stored`."""
+
+    layers: range
+    stored: memoryview
+    first_byte: int

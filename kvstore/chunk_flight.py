@@ -8,7 +8,7 @@ from typing import Protocol
 
 from kvstore.arena import Slot
 from kvstore.chunk import ChunkHeader
-from kvstore.chunk_fetch import ChunkFetcher
+from kvstore.chunk_fetch import Berth, ChunkFetcher
 from kvstore.errors import MissError
 from kvstore.keys import ChunkKey
 from kvstore.memory_tier import MemoryTier
@@ -20,11 +20,11 @@ from kvstore.range_reader import RangeReader
 class Rider(Protocol):
     """A load that waits for a chunk. Called on the store's loop."""
 
-    def landed(self, flight: ChunkFlight, layers: range) -> None:
-        """These layers of the chunk lie verified in the flight's slot; retain it to keep them."""
+    def landed(self, layers: range, berth: Berth) -> None:
+        """These layers of the chunk lie verified in `berth`; retain its slot to keep them."""
         ...
 
-    def ended(self, flight: ChunkFlight, error: Exception | None) -> None:
+    def ended(self, error: Exception | None) -> None:
         """Everything has landed, or nothing more will because of `error`."""
         ...
 
@@ -38,36 +38,32 @@ class ChunkFlight:
     def __init__(self, key: ChunkKey, order: int, layers: int) -> None:
         self.key = key
         self.order = order
+        self.slot: Slot | None = None
         self.landed = [False] * layers
         self.header: ChunkHeader | None = None
         self.tier = ""
         self.riders: list[Rider] = []
         self.task: asyncio.Task[None] | None = None
-        self._slot: Slot | None = None
 
     @property
-    def slot(self) -> Slot:
-        """Where the chunk lands; the flight holds a reference while it lasts."""
-        assert self._slot is not None
-        return self._slot
+    def open(self) -> bool:
+        """Whether riders may still board: all that has landed can be had from the slot."""
+        return self.slot is not None or not any(self.landed)
 
-    @slot.setter
-    def slot(self, slot: Slot) -> None:
-        self._slot = slot
-
-    def land(self, layers: range) -> None:
+    def land(self, layers: range, berth: Berth) -> None:
         """Tell every rider that these layers have come."""
         for layer in layers:
             self.landed[layer] = True
         for rider in tuple(self.riders):
-            rider.landed(self, layers)
+            rider.landed(layers, berth)
 
     def board(self, rider: Rider) -> None:
         """Let one more rider know what has landed, and what will."""
         self.riders.append(rider)
-        for layer, here in enumerate(self.landed):
-            if here:
-                rider.landed(self, range(layer, layer + 1))
+        if self.slot is not None:
+            for layer, here in enumerate(self.landed):
+                if here:
+                    rider.landed(range(layer, layer + 1), Berth(self.slot, 0))
 
 
 @dataclass(frozen=True)
@@ -84,8 +80,9 @@ class Route:
 class ChunkFlights:
     """The flights under way. Used on the store's loop alone.
 
-    Every flight has a task and a slot of its own, and none waits for another. So an arena smaller
-    than a load slows it down and never stops it.
+    A flight has a task of its own, and a slot where one is free; none waits for another. Where
+    memory is short a chunk passes through without one, group of layers by group of layers, and is
+    not kept. So an arena smaller than a load neither stops it nor breaks its layer order.
     """
 
     def __init__(self, route: Route) -> None:
@@ -98,7 +95,7 @@ class ChunkFlights:
         `rider` may be told of layers before this returns. It must `leave` if it loses interest.
         """
         flight = self._under_way.get(key.hash)
-        if flight is None:
+        if flight is None or not flight.open:
             flight = ChunkFlight(key, order, self._route.fetcher.form.layers)
             self._under_way[key.hash] = flight
             flight.task = asyncio.create_task(self._fly(flight))
@@ -121,19 +118,19 @@ class ChunkFlights:
 
     async def _fly(self, flight: ChunkFlight) -> None:
         error: Exception | None = None
+        flight.slot = self._route.memory.arena.try_acquire()
         try:
-            flight.slot = await self._route.memory.arena.acquire()
-            try:
-                await self._fetch(flight)
+            await self._fetch(flight)
+            if flight.slot is not None:
                 self._route.memory.admit(flight.key, flight.slot)
-            finally:
-                flight.slot.release()
         except Exception as failure:
             error = failure
         finally:
             self._forget(flight)
+            if flight.slot is not None:
+                flight.slot.release()
         for rider in tuple(flight.riders):
-            rider.ended(flight, error)
+            rider.ended(error)
 
     async def _fetch(self, flight: ChunkFlight) -> None:
         route = self._route

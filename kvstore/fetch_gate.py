@@ -8,7 +8,7 @@ import itertools
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-START = 16
+START = 32
 _SHRINK = 0.5
 
 

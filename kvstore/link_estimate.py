@@ -8,6 +8,8 @@ from collections import deque
 WINDOW = 128
 SAMPLES_MIN = 16
 LATE_PERCENTILE = 95
+# Reads that differ in length by less than this do not tell latency from bandwidth.
+SPREAD_MIN = 0.25
 _TICK_S = 1e-9
 
 
@@ -23,6 +25,7 @@ class LinkEstimate:
         self._latency_s = 0.0
         self._s_per_byte = 0.0
         self._late_ratio: float | None = None
+        self._told_apart = False
 
     def note(self, length: int, seconds: float) -> None:
         """Take in a read of `length` bytes that took `seconds`, or at least that where it was given up."""
@@ -35,9 +38,9 @@ class LinkEstimate:
             self._fit()
 
     @property
-    def link_bytes(self) -> float:
-        """Latency times bandwidth: a read of as many bytes spends half its time waiting. 0: not known."""
-        return self._latency_s / self._s_per_byte if self._s_per_byte else 0.0
+    def link_bytes(self) -> float | None:
+        """Latency times bandwidth: a read of as many bytes spends half its time waiting. None: not known."""
+        return self._latency_s / self._s_per_byte if self._told_apart else None
 
     def late_s(self, length: int) -> float | None:
         """After how long a read of `length` bytes is later than 95 in 100 were. None: not known."""
@@ -50,14 +53,14 @@ class LinkEstimate:
 
     def _fit(self) -> None:
         lengths, seconds = zip(*self._reads, strict=True)
-        slope = 0.0
-        if len(set(lengths)) > 1:
-            slope = max(0.0, statistics.linear_regression(lengths, seconds).slope)
         mean_s, mean_bytes = statistics.fmean(seconds), statistics.fmean(lengths)
-        if not slope:
-            # Reads of one length do not tell the two apart; half and half changes no plan.
-            slope = mean_s / mean_bytes / 2
-        self._s_per_byte = min(slope, mean_s / mean_bytes)
+        if statistics.pstdev(lengths, mean_bytes) > SPREAD_MIN * mean_bytes:
+            slope = statistics.linear_regression(lengths, seconds).slope
+            self._told_apart = slope > 0
+            self._s_per_byte = max(slope, 0.0)
+        if not self._told_apart:
+            self._s_per_byte = mean_s / mean_bytes / 2
+        self._s_per_byte = min(self._s_per_byte, mean_s / mean_bytes)
         self._latency_s = mean_s - self._s_per_byte * mean_bytes
         ratios = sorted(took / self._expected_s(length) for length, took in self._reads)
         self._late_ratio = ratios[len(ratios) * LATE_PERCENTILE // 100]

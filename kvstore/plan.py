@@ -26,20 +26,24 @@ class FetchLimits:
 
     first_bytes: int = 1 << 20
     group_bytes: int = 8 << 20
-    worth_bytes: int = 1 << 20
+    worth_bytes: int = 2 << 20
     depth: int = 16
 
 
-def layer_groups(form: ChunkForm, limits: FetchLimits, link_bytes: float = 0.0) -> tuple[range, ...]:
+def layer_groups(form: ChunkForm, limits: FetchLimits, link_bytes: float | None) -> tuple[range, ...]:
     """Consecutive layers to read together, tiling all layers.
 
-    link_bytes  latency times bandwidth of one connection: what a shorter range would waste
+    link_bytes  latency times bandwidth of one connection: what a shorter range would waste. None:
+                not known, and taken for large
 
     Groups grow from the first one on, and shrink towards the end: the last bytes to arrive are
     those that nothing but their own layers' compute can hide.
     """
     stride, layers = form.stride, form.layers
-    worth = max(limits.worth_bytes, min(link_bytes, stride * layers / limits.depth))
+    worth = stride * layers / limits.depth
+    if link_bytes is not None:
+        worth = min(worth, link_bytes)
+    worth = max(worth, limits.worth_bytes)
     most = max(1, int(min(limits.group_bytes, worth) // stride))
     first = size = max(1, min(most, limits.first_bytes // stride))
     groups, start = [], 0

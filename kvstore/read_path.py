@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvstore.arena import Slot
+from kvstore.chunk_fetch import Berth
 from kvstore.chunk_flight import ChunkFlight, ChunkFlights
 from kvstore.errors import KVStoreError, MissError, MissReason
 from kvstore.event_loop import EventLoopThread, to_its_end
@@ -41,8 +41,8 @@ class ReadPath:
 class ChunkLoad:
     """One load: `keys[i]` for i in `span`, into `sink`. Runs on the store's loop.
 
-    Holds a chunk's slot from its first layer's landing until its last layer is in pages. Sections
-    that are there go to pages lowest layer first, all chunks of a layer in one call of the sink.
+    Holds the memory of what has landed until it is in pages. Sections that are there go to pages
+    lowest layer first, all chunks of a layer in one call of the sink.
     """
 
     def __init__(self, path: ReadPath, keys: Sequence[ChunkKey], sink: PageSink, span: range) -> None:
@@ -58,10 +58,10 @@ class ChunkLoad:
         self._seats = {index: _Seat(self, index, path.form.layers) for index in span}
         self._chunks_left = [set(span) for _ in range(path.form.layers)]
         self._layers_ready = 0
-        self._arrived: dict[int, dict[int, Slot]] = defaultdict(dict)
+        self._arrived: dict[int, dict[int, _Parcel]] = defaultdict(dict)
         self._news = asyncio.Event()
         # What the sink may be reading yet, and flights that end because nobody waits for them.
-        self._unwanted: list[Slot] = []
+        self._unwanted: list[_Parcel] = []
         self._ending: list[asyncio.Task[None]] = []
 
     async def run(self, timeout_s: float) -> None:
@@ -116,21 +116,20 @@ class ChunkLoad:
         if slot is None:
             seat.flight = self._path.flights.board(key, seat.index - self._span.start, seat)
         else:
-            seat.slot = slot
-            self.arrive(seat, range(self._path.form.layers))
+            seat.landed(range(self._path.form.layers), Berth(slot, 0))
+            slot.release()
 
-    def arrive(self, seat: _Seat, layers: range) -> None:
-        """Layers of a chunk lie in its slot."""
-        assert seat.slot is not None
+    def arrive(self, index: int, layers: range, parcel: _Parcel) -> None:
+        """Layers of a chunk lie in host memory."""
         for layer in layers:
-            self._arrived[layer][seat.index] = seat.slot
+            self._arrived[layer][index] = parcel
         self._news.set()
 
-    async def _scatter(self, layer: int, batch: dict[int, Slot]) -> None:
+    async def _scatter(self, layer: int, batch: dict[int, _Parcel]) -> None:
         form = self._path.form
         start = form.header_bytes + layer * form.stride
         indices = sorted(index for index in batch if index < self._limit)
-        sections = [batch[index].memory[start : start + form.section_bytes] for index in indices]
+        sections = [batch[index].berth.view(start, start + form.section_bytes) for index in indices]
         if not indices:
             return
         error = await self._path.loop.work(self._call_sink, layer, indices, sections)
@@ -140,6 +139,7 @@ class ChunkLoad:
         for index in indices:
             seat = self._seats.get(index)
             if seat is not None:
+                batch[index].unpack()
                 seat.layers_left -= 1
                 if not seat.layers_left:
                     self._complete(seat)
@@ -162,7 +162,7 @@ class ChunkLoad:
         self._vacate(seat)
 
     def _vacate(self, seat: _Seat) -> None:
-        """Wait for a chunk no longer, and give its slot back once no sink reads it."""
+        """Wait for a chunk no longer, and give its memory back once no sink reads it."""
         del self._seats[seat.index]
         if seat.flight is not None and not seat.over:
             ending = self._path.flights.leave(seat.flight, seat)
@@ -171,14 +171,13 @@ class ChunkLoad:
         if seat.layers_left:
             for batch in self._arrived.values():
                 batch.pop(seat.index, None)
-        if seat.slot is not None:
-            self._unwanted.append(seat.slot)
+        self._unwanted += seat.parcels
         self._news.set()
 
     def _release_unwanted(self) -> None:
         unwanted, self._unwanted = self._unwanted, []
-        for slot in unwanted:
-            slot.release()
+        for parcel in unwanted:
+            parcel.discard()
 
     async def _withdraw_all(self) -> None:
         """See to it that nothing of this load goes on. The sink is not at work any more."""
@@ -222,6 +221,27 @@ class ChunkLoad:
             self._fail(index, why)
 
 
+class _Parcel:
+    """Layers of one chunk that landed together; holds their memory until the last of them is in pages."""
+
+    def __init__(self, berth: Berth, layers: int) -> None:
+        berth.slot.retain()
+        self.berth = berth
+        self._layers_left = layers
+
+    def unpack(self) -> None:
+        """One of the layers is in pages."""
+        self._layers_left -= 1
+        if not self._layers_left:
+            self.berth.slot.release()
+
+    def discard(self) -> None:
+        """The others need not be."""
+        if self._layers_left:
+            self._layers_left = 0
+            self.berth.slot.release()
+
+
 class _Seat:
     """One chunk of a load: what its flight tells, and what is left to do. A `Rider`."""
 
@@ -229,17 +249,17 @@ class _Seat:
         self.index = index
         self.layers_left = layers
         self.flight: ChunkFlight | None = None
-        self.slot: Slot | None = None
+        self.parcels: list[_Parcel] = []
         self.over = False
         self._load = load
 
-    def landed(self, flight: ChunkFlight, layers: range) -> None:
+    def landed(self, layers: range, berth: Berth) -> None:
         """See Rider."""
-        if self.slot is None:
-            self.slot = flight.slot.retain()
-        self._load.arrive(self, layers)
+        parcel = _Parcel(berth, len(layers))
+        self.parcels.append(parcel)
+        self._load.arrive(self.index, layers, parcel)
 
-    def ended(self, flight: ChunkFlight, error: Exception | None) -> None:  # noqa: ARG002 see Rider
+    def ended(self, error: Exception | None) -> None:
         """See Rider."""
         self.over = True
         if isinstance(error, MissError):

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
-from kvstore import prefault
 from kvstore.arena import Arena, Slot, whole_pages
 from kvstore.backends.contract import Backend
 from kvstore.backends.metered import MeteredBackend
@@ -32,6 +31,7 @@ from kvstore.metrics import Metrics
 from kvstore.namespace import Namespace
 from kvstore.pages import PageSink, PageSource
 from kvstore.plan import FetchLimits, largest_read_bytes
+from kvstore.prefault import Prefault
 from kvstore.presence import Presence
 from kvstore.range_reader import RangeReader
 from kvstore.read_path import ChunkLoad, ReadPath
@@ -78,7 +78,9 @@ class KVStore:
         limits = FetchLimits()
         self._memory = _memory_tier(form, settings)
         with _allocating("KVSTORE_FETCH_CONCURRENCY", settings.fetch_concurrency):
-            scratch = Arena(largest_read_bytes(form, limits), settings.fetch_concurrency)
+            scratch, transit = (
+                Arena(largest_read_bytes(form, limits), settings.fetch_concurrency) for _ in range(2)
+            )
         with _allocating("KVSTORE_UPLOAD_CONCURRENCY", settings.upload_concurrency):
             writer = ChunkWriter(form, parse_codec(settings.codec), settings.upload_concurrency)
         self.form = form
@@ -97,10 +99,10 @@ class KVStore:
             metrics=self.metrics,
             warn=self._warn,
         )
-        self._reads = self._read_path(limits, scratch)
+        self._reads = self._read_path(limits, scratch, transit)
         self._writes = self._write_behind(writer)
         self._watch_occupancy()
-        self._prefault = prefault.in_background(self._memory.arena.memory)
+        self._prefault = Prefault(self._memory.arena.memory)
         self._closing = threading.Lock()
         self._closed = False
         self._connected = self._loop.submit(self._connect())
@@ -217,7 +219,6 @@ class KVStore:
             if self._closed:
                 return FlushReport(0, 0)
             self._closed = True
-            self._prefault.set()
             self._writes.refuse()
             report = self._loop.run(self._writes.flush(self._settings.close_timeout_s))
             if report.chunks_left:
@@ -228,6 +229,7 @@ class KVStore:
                 )
             self._loop.close(last=self._disconnect())
             self._memory.clear()
+            self._prefault.end()
             return report
 
     def __enter__(self) -> Self:
@@ -241,12 +243,12 @@ class KVStore:
     ) -> None:
         self.close()
 
-    def _read_path(self, limits: FetchLimits, scratch: Arena) -> ReadPath:
+    def _read_path(self, limits: FetchLimits, scratch: Arena, transit: Arena) -> ReadPath:
         settings = self._settings
         route = Route(
             memory=self._memory,
             presence=self._presence,
-            fetcher=ChunkFetcher(settings.prefix, self.form, limits, self._loop, scratch),
+            fetcher=ChunkFetcher(settings.prefix, self.form, limits, self._loop, scratch, transit),
             backend=RangeReader(
                 "backend", self._backend.read_into, settings.fetch_concurrency, self.metrics, scratch
             ),

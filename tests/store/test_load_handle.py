@@ -130,6 +130,46 @@ def test_no_more_reads_are_in_flight_than_set(opened, codec, concurrency):
     assert most <= concurrency
 
 
+@pytest.mark.usefixtures("layer_by_layer")
+@pytest.mark.parametrize("codec", CODECS)
+def test_with_memory_for_few_of_the_chunks_layer_0_of_all_still_comes_before_layer_1_of_any(opened, codec):
+    chain = chain_of(8)
+    backend, gate = ScriptedBackend(stored_chunks(chain, codec=codec)), Gate()
+    seen = {}
+
+    async def hold_from_layer_1_on(call):
+        seen[call.name] = seen.get(call.name, -1) + 1
+        if seen[call.name]:
+            await gate.enter()
+
+    backend.when("get", hold_from_layer_1_on)
+    store, pages = opened(backend, memory_bytes=2 * 8192), Pages(8)
+    load = store.load(chain, range(8), pages)
+    assert load.wait_layer(0, PATIENCE_S) == 8
+    pages.assert_holds(range(8), layers=range(1))
+    gate.open()
+    assert load.wait(PATIENCE_S).chunks == 8
+    pages.assert_holds(range(8))
+    # Those that had memory of their own are kept, in it.
+    assert len(store._memory) == 2
+    assert_no_slot_lost(store)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_with_all_memory_in_use_chunks_pass_through_to_pages_and_are_not_kept(opened, codec):
+    backend = ScriptedBackend(stored_chunks(CHAIN, codec=codec))
+    store = opened(backend, memory_bytes=2 * 8192)
+    held = [store._memory.arena.try_acquire() for _ in range(2)]
+    loads = [(store.load(CHAIN, range(4), pages), pages) for pages in (Pages(4), Pages(4))]
+    for load, pages in loads:
+        assert load.wait(PATIENCE_S).chunks == 4
+        pages.assert_holds(range(4))
+    assert len(store._memory) == 0
+    for slot in held:
+        slot.release()
+    assert_no_slot_lost(store)
+
+
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("slots", [2, 3])
 @pytest.mark.usefixtures("layer_by_layer")
@@ -280,8 +320,9 @@ def test_at_the_deadline_what_is_missing_is_a_timeout_and_nothing_writes_any_mor
 def test_the_deadline_also_ends_the_wait_for_memory(opened):
     gate = Gate()
     backend = ScriptedBackend(stored_chunks(CHAIN))
-    store = opened(backend, memory_bytes=2 * 8192)
-    held = [store._memory.arena.try_acquire() for _ in range(2)]
+    store = opened(backend, memory_bytes=2 * 8192, fetch_concurrency=1)
+    arenas = store._memory.arena, store._reads.flights._route.fetcher.transit
+    held = [arena.try_acquire() for arena in arenas for _ in range(arena.slots)]
     result = store.load(CHAIN, range(4), Pages(4), timeout_s=0.05).wait(PATIENCE_S)
     assert result.chunks == 0
     assert set(result.failures.values()) == {MissReason.TIMEOUT}

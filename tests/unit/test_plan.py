@@ -21,6 +21,7 @@ def form_of(layers, section_bytes):
 
 
 FORMS = st.builds(form_of, st.integers(1, 90), st.integers(1, 5000))
+LINKS = st.none() | st.floats(0, 1e6)
 LIMITS = st.builds(
     FetchLimits,
     first_bytes=st.integers(1, 20_000),
@@ -30,13 +31,13 @@ LIMITS = st.builds(
 )
 
 
-@given(FORMS, LIMITS, st.floats(0, 1e6))
+@given(FORMS, LIMITS, LINKS)
 def test_groups_tile_all_layers_in_order(form, limits, link_bytes):
     groups = layer_groups(form, limits, link_bytes)
     assert [layer for group in groups for layer in group] == list(range(form.layers))
 
 
-@given(FORMS, LIMITS, st.floats(0, 1e6))
+@given(FORMS, LIMITS, LINKS)
 def test_no_read_is_larger_than_its_limit_but_for_a_single_layer(form, limits, link_bytes):
     groups = layer_groups(form, limits, link_bytes)
     assert all(len(group) * form.stride <= limits.group_bytes or len(group) == 1 for group in groups)
@@ -44,14 +45,14 @@ def test_no_read_is_larger_than_its_limit_but_for_a_single_layer(form, limits, l
     assert all(len(group) * form.stride <= largest_read_bytes(form, limits) for group in groups)
 
 
-@given(FORMS, LIMITS, st.floats(0, 1e6))
+@given(FORMS, LIMITS, LINKS)
 def test_the_first_group_is_small_and_layer_0_comes_with_the_header(form, limits, link_bytes):
     groups = layer_groups(form, limits, link_bytes)
     assert len(groups[0]) * form.stride <= max(form.stride, limits.first_bytes)
     assert form.header_bytes + form.stride <= first_read_bytes(form, groups) <= form.raw_bytes
 
 
-@given(FORMS, LIMITS, st.floats(0, 1e6))
+@given(FORMS, LIMITS, LINKS)
 def test_groups_grow_at_most_twofold_and_the_last_ones_are_small(form, limits, link_bytes):
     sizes = [len(group) for group in layer_groups(form, limits, link_bytes)]
     assert all(after <= 2 * before for before, after in itertools.pairwise(sizes))
@@ -60,7 +61,7 @@ def test_groups_grow_at_most_twofold_and_the_last_ones_are_small(form, limits, l
 
 @given(FORMS, LIMITS)
 def test_a_longer_link_never_makes_for_more_reads(form, limits):
-    counts = [len(layer_groups(form, limits, link)) for link in (0, 1e3, 1e4, 1e5, 1e6)]
+    counts = [len(layer_groups(form, limits, link)) for link in (0, 1e3, 1e4, 1e5, 1e6, None)]
     assert counts == sorted(counts, reverse=True)
 
 
@@ -74,7 +75,7 @@ def test_a_deep_model_is_read_in_about_as_many_groups_as_keep_compute_going():
 
 @given(FORMS, LIMITS, st.data())
 def test_what_is_missing_is_every_layer_that_is_not_here_once_in_order_within_its_group(form, limits, data):
-    groups = layer_groups(form, limits)
+    groups = layer_groups(form, limits, None)
     here = data.draw(st.lists(st.booleans(), min_size=form.layers, max_size=form.layers))
     missing = missing_groups(groups, here)
     assert [layer for run in missing for layer in run] == [i for i, there in enumerate(here) if not there]
