@@ -19,6 +19,7 @@ from pathlib import Path
 from benchmarks.pages import HostPages
 from benchmarks.report import Timing, machine, print_result, say, timed
 from kvstore import DType, Durability, KVLayout, KVStore, Namespace, load_settings
+from kvstore.arena import whole_pages
 from kvstore.backends.contract import Backend
 from kvstore.backends.filesystem import FilesystemBackend
 from kvstore.backends.memory import MemoryBackend
@@ -66,10 +67,12 @@ class Case:
         self._chunks = chunks
         self._pages = HostPages(FORM, chunks)
         self._timings: list[tuple[Timing, Timing]] = []
+        # The upload queue takes at most three quarters of memory.
+        room_bytes = (4 * chunks // 3 + 2) * whole_pages(FORM.raw_bytes)
         settings = load_settings(
             codec=codec,
-            memory_bytes=(chunks + 1) * FORM.raw_bytes,
-            upload_queue_bytes=(chunks + 1) * FORM.raw_bytes,
+            memory_bytes=room_bytes,
+            upload_queue_bytes=room_bytes,
             prefix="roundtrip",
         )
         self._saver = stack.enter_context(KVStore.open(LAYOUT, settings=settings, backend=make()))

@@ -63,16 +63,20 @@ class Landing(Protocol):
 
     header: ChunkHeader | None
 
+    def begin_copy(self, object_bytes: int) -> StoredCopy | None:
+        """Whoever wants the object's bytes as they are verified; asked once its header is known."""
+        ...
+
     def land(self, layers: range, berth: Berth) -> None:
         """Take note that these layers lie in `berth`; retain its slot to keep them."""
         ...
 
 
 class StoredCopy(Protocol):
-    """Takes a copy of an object's bytes as they are verified, in any order; never raises."""
+    """Takes a copy of an object's bytes as they are verified, in any order. Raises for no disk's trouble."""
 
-    async def write(self, offset: int, parts: Sequence[Buffer]) -> None:
-        """Take `parts`, which begin at byte `offset`; they are borrowed until it returns."""
+    async def write(self, offset: int, parts: Sequence[Buffer]) -> bool:
+        """Take `parts`, which begin at byte `offset`; they are borrowed until it returns. False: in vain."""
         ...
 
 
@@ -87,23 +91,22 @@ class ChunkFetcher:
     holders, who wait for sinks alone; so no two reads can wait for each other.
     """
 
-    prefix: str
     form: ChunkForm
     limits: FetchLimits
     loop: EventLoopThread
     scratch: Arena
     transit: Arena
 
-    async def fetch(self, reader: RangeReader, landing: Landing, copy: StoredCopy | None) -> None:
+    async def fetch(self, reader: RangeReader, landing: Landing) -> None:
         """Bring what has not landed of the chunk, in layer order, from the reader's tier.
 
         Raises MissError for anything that cannot be trusted, RetryableError and
         MisconfiguredError as the tier does. When it has ended, cancelled too, nothing writes to
         a slot any more.
         """
-        name = object_name(self.prefix, landing.key, self.form.shard)
+        name = object_name(reader.prefix, landing.key, self.form.shard)
         groups = layer_groups(self.form, self.limits, reader.link.link_bytes)
-        fetch = _Fetch(reader, landing, copy, name)
+        fetch = _Fetch(reader, landing, name)
         await self._fetch_first(fetch, first_read_bytes(self.form, groups))
         missing = missing_groups(groups, landing.landed)
         if len(missing) == 1:
@@ -149,6 +152,7 @@ class ChunkFetcher:
                 MissReason.TRUNCATED, f"object {fetch.name}: a read of {len(stored)} got {answer.length}"
             )
         landing.header = fetch.header = header
+        fetch.copy = landing.begin_copy(header.object_bytes)
         fetch.etag = answer.etag
         return here
 
@@ -185,8 +189,8 @@ class ChunkFetcher:
         """Verify sections, put those that are not in place there, and say that they have come."""
         await self.loop.work(self._verify, fetch, part, None if in_place else berth)
         fetch.landing.land(part.layers, berth)
-        if fetch.copy is not None:
-            await fetch.copy.write(part.first_byte, [part.stored])
+        if fetch.copy is not None and not await fetch.copy.write(part.first_byte, [part.stored]):
+            fetch.copy = None
 
     @asynccontextmanager
     async def _berth(self, landing: Landing, start: int) -> AsyncIterator[Berth]:
@@ -245,8 +249,8 @@ class _Fetch:
 
     reader: RangeReader
     landing: Landing
-    copy: StoredCopy | None
     name: str
+    copy: StoredCopy | None = None
     etag: str | None = None
     header: ChunkHeader = field(init=False)
 

@@ -8,8 +8,10 @@ from typing import Protocol
 
 from kvstore.arena import Slot
 from kvstore.chunk import ChunkHeader
-from kvstore.chunk_fetch import Berth, ChunkFetcher
-from kvstore.errors import MissError
+from kvstore.chunk_fetch import Berth, ChunkFetcher, StoredCopy
+from kvstore.disk_fill import DiskFill
+from kvstore.disk_tier import DiskTier
+from kvstore.errors import KVStoreError, MissError
 from kvstore.keys import ChunkKey
 from kvstore.memory_tier import MemoryTier
 from kvstore.metrics import Metrics
@@ -44,11 +46,19 @@ class ChunkFlight:
         self.tier = ""
         self.riders: list[Rider] = []
         self.task: asyncio.Task[None] | None = None
+        self.copies_to: DiskTier | None = None
+        self.copy: DiskFill | None = None
 
     @property
     def open(self) -> bool:
         """Whether riders may still board: all that has landed can be had from the slot."""
         return self.slot is not None or not any(self.landed)
+
+    def begin_copy(self, object_bytes: int) -> StoredCopy | None:
+        """See Landing."""
+        if self.copies_to is not None:
+            self.copy = self.copies_to.begin(self.key, object_bytes)
+        return self.copy
 
     def land(self, layers: range, berth: Berth) -> None:
         """Tell every rider that these layers have come."""
@@ -67,10 +77,19 @@ class ChunkFlight:
 
 
 @dataclass(frozen=True)
+class DiskSource:
+    """The disk tier, and the reader of its files."""
+
+    tier: DiskTier
+    reader: RangeReader
+
+
+@dataclass(frozen=True)
 class Route:
-    """Where flights come from and go to."""
+    """Where flights come from and go to. What comes from the backend is copied to the disk tier."""
 
     memory: MemoryTier
+    disk: DiskSource | None
     presence: Presence
     fetcher: ChunkFetcher
     backend: RangeReader
@@ -129,16 +148,39 @@ class ChunkFlights:
             self._forget(flight)
             if flight.slot is not None:
                 flight.slot.release()
+            if flight.copy is not None and not all(flight.landed):
+                flight.copy.abandon()
         for rider in tuple(flight.riders):
             rider.ended(error)
+        if flight.copy is not None and error is None:
+            await flight.copy.commit()
 
     async def _fetch(self, flight: ChunkFlight) -> None:
-        route = self._route
-        flight.tier = route.backend.tier
+        disk = self._route.disk
+        if disk is not None and flight.key in disk.tier and await self._fetched_from_disk(flight, disk):
+            return
+        # A copy needs the whole object; what has landed already will not come again.
+        flight.copies_to = None if disk is None or any(flight.landed) else disk.tier
+        await self._fetch_from(flight, self._route.backend)
+        self._route.presence.note_stored(flight.key)
+
+    async def _fetched_from_disk(self, flight: ChunkFlight, disk: DiskSource) -> bool:
         try:
-            await route.fetcher.fetch(route.backend, flight, None)
+            await self._fetch_from(flight, disk.reader)
         except MissError as miss:
             if miss.reason in DAMAGE:
-                route.metrics.corrupt_chunks.labels(flight.tier, miss.reason.value).inc()
+                disk.tier.discard(flight.key)
+        except KVStoreError:
+            pass  # the tier counts its disk's failures and warns of them
+        else:
+            return True
+        return False
+
+    async def _fetch_from(self, flight: ChunkFlight, reader: RangeReader) -> None:
+        flight.tier = reader.tier
+        try:
+            await self._route.fetcher.fetch(reader, flight)
+        except MissError as miss:
+            if miss.reason in DAMAGE:
+                self._route.metrics.corrupt_chunks.labels(reader.tier, miss.reason.value).inc()
             raise
-        route.presence.note_stored(flight.key)

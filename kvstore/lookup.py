@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from kvstore.backends.contract import Backend
+from kvstore.disk_tier import DiskTier
 from kvstore.errors import KVStoreError, MissReason
 from kvstore.handles import LookupResult
 from kvstore.keys import ChunkKey, object_name
@@ -59,6 +60,7 @@ class Lookups:
     prefix: str
     shard: Shard
     memory: MemoryTier
+    disk: DiskTier | None
     presence: Presence
     metrics: Metrics
     warn: WarnRarely
@@ -92,9 +94,15 @@ class Lookups:
         return self._result(keys, known, found, failure)
 
     def _known(self, keys: Sequence[ChunkKey]) -> Known:
-        in_memory = self.memory.leading(keys)
-        low, high = self.presence.bounds(keys, in_memory)
-        return Known({"memory": in_memory}, low, high)
+        by_tier = {"memory": self.memory.leading(keys)}
+        if self.disk is not None:
+            by_tier["disk"] = 0
+            # A prefix may lie partly here and partly there, in any order.
+            while step := self.disk.leading(keys[sum(by_tier.values()) :]):
+                by_tier["disk"] += step
+                by_tier["memory"] += self.memory.leading(keys, sum(by_tier.values()))
+        low, high = self.presence.bounds(keys, sum(by_tier.values()))
+        return Known(by_tier, low, high)
 
     def _result(
         self, keys: Sequence[ChunkKey], known: Known, found: int, failure: MissReason | None

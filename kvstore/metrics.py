@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from kvstore.disk_events import Departure, DiskFailure, FillDrop, Half
 from kvstore.errors import MissReason
 
 # From a page cache's reply to a stalled request that runs into its deadline.
@@ -49,6 +50,19 @@ class Metrics:
         self._reads_in_flight = self._gauge("reads_in_flight", "Ranged reads under way, by tier", "tier")
         self._reads_limit = self._gauge("reads_limit", "Ranged reads that may be under way now", "tier")
         self._arena = self._gauge("arena_slots", "Slots of the host arena, by state", "state")
+        self._disk_bytes = Gauge(
+            "kvstore_disk_bytes", "What the disk tier's files take", registry=self.registry
+        )
+        self._disk_departures = self._counter(
+            "disk_departures", "Chunks that left the disk tier, by reason", "reason"
+        )
+        self._disk_drops = self._counter(
+            "disk_drops", "Chunks that did not get into the disk tier, by reason", "reason"
+        )
+        self._disk_failures = self._counter(
+            "disk_failures", "Calls to the disk that failed, by half of the tier and kind", "half", "kind"
+        )
+        self._disk_off = self._gauge("disk_off", "1 while a half of the disk tier is switched off", "half")
         self._tier_chunks = self._gauge("tier_chunks", "Chunks kept in a local tier", "tier")
 
     def tier_reads(self, tier: str, in_flight: Callable[[], float], limit: Callable[[], float]) -> TierReads:
@@ -71,6 +85,16 @@ class Metrics:
         """Report how many chunks a local tier keeps."""
         self._tier_chunks.labels(tier).set_function(chunks)
 
+    def watch_disk(self, occupied_bytes: Callable[[], float]) -> None:
+        """Report how much of the disk the disk tier takes."""
+        self._disk_bytes.set_function(occupied_bytes)
+
+    def disk_events(self) -> DiskMeter:
+        """What counts the disk tier's events."""
+        for half in Half:
+            self._disk_off.labels(half.value).set(0)
+        return DiskMeter(self._disk_departures, self._disk_drops, self._disk_failures, self._disk_off)
+
     def retried_writes(self) -> Counter:
         """Counts writes to the backend that are tried again."""
         return self._retries.labels("backend")
@@ -88,6 +112,32 @@ class Metrics:
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
         return Gauge(f"kvstore_{name}", text, labels, registry=self.registry)
+
+
+class DiskMeter:
+    """Counts what the disk tier tells. See DiskEvents."""
+
+    def __init__(self, departures: Counter, drops: Counter, failures: Counter, off: Gauge) -> None:
+        self._departures = departures
+        self._drops = drops
+        self._failures = failures
+        self._off = off
+
+    def left(self, why: Departure, chunks: int = 1) -> None:
+        """See DiskEvents."""
+        self._departures.labels(why.value).inc(chunks)
+
+    def fill_dropped(self, why: FillDrop) -> None:
+        """See DiskEvents."""
+        self._drops.labels(why.value).inc()
+
+    def failed(self, half: Half, how: DiskFailure) -> None:
+        """See DiskEvents."""
+        self._failures.labels(half.value, how.value).inc()
+
+    def degraded(self, half: Half, *, off: bool) -> None:
+        """See DiskEvents."""
+        self._off.labels(half.value).set(off)
 
 
 class TierReads:

@@ -34,14 +34,24 @@ class RangeReader:
     """Reads ranges of a tier's objects, on the store's loop.
 
     tier         its name, for metrics
+    prefix       of its objects' names; see `object_name`
     concurrency  reads at once, at most; how many there are now adapts to what the tier can take
-    scratch      memory for second attempts, slots as long as any read; None: late reads are waited for
+    scratch      memory for second attempts, slots as long as any read. None: the tier is near, late
+                 reads are waited for and failed ones not made again
     """
 
     def __init__(
-        self, tier: str, read_into: ReadInto, concurrency: int, metrics: Metrics, scratch: Arena | None
+        self,
+        tier: str,
+        read_into: ReadInto,
+        *,
+        prefix: str,
+        concurrency: int,
+        metrics: Metrics,
+        scratch: Arena | None,
     ) -> None:
         self.tier = tier
+        self.prefix = prefix
         self.link = LinkEstimate()
         self._read_into = read_into
         self._gate = FetchGate(ConcurrencyLimit(concurrency))
@@ -55,6 +65,8 @@ class RangeReader:
 
     async def read(self, name: str, offset: int, out: memoryview, *, etag: str | None) -> Answer:
         """Fill `out` as Backend.read_into does, with its errors. Take a `turn` first."""
+        if self._scratch is None:
+            return await self._read_once(name, offset, out, etag)
         return await retried(lambda: self._read_once(name, offset, out, etag), self._meter.retries.inc)
 
     async def _read_once(self, name: str, offset: int, out: memoryview, etag: str | None) -> Answer:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from kvstore.chunk_fetch import Berth
 from kvstore.chunk_flight import ChunkFlight, ChunkFlights
+from kvstore.disk_tier import DiskTier
 from kvstore.errors import KVStoreError, MissError, MissReason
 from kvstore.event_loop import EventLoopThread, to_its_end
 from kvstore.handles import LoadHandle
@@ -31,6 +32,7 @@ class ReadPath:
 
     form: ChunkForm
     memory: MemoryTier
+    disk: DiskTier | None
     flights: ChunkFlights
     presence: Presence
     metrics: Metrics
@@ -106,7 +108,10 @@ class ChunkLoad:
                 await self._scatter(layer, self._arrived.pop(layer))
                 self._release_unwanted()
             self._release_unwanted()
-        self._path.memory.touch(self._keys[: self._limit])
+        used = self._keys[: self._limit]
+        self._path.memory.touch(used)
+        if self._path.disk is not None:
+            self._path.disk.touch(used)
 
     def _board(self, seat: _Seat) -> None:
         if seat.index not in self._seats:

@@ -14,6 +14,7 @@ from functools import partial
 from kvstore.arena import Slot
 from kvstore.backends.contract import Backend, Buffer, PutStatus
 from kvstore.chunk_writer import ChunkWriter
+from kvstore.disk_tier import DiskTier
 from kvstore.errors import KVStoreError, StoreClosedError
 from kvstore.event_loop import EventLoopThread
 from kvstore.handles import FlushReport, SaveOutcome
@@ -44,6 +45,7 @@ class WriteBehind:
         self,
         *,
         backend: Backend,
+        disk: DiskTier | None,
         prefix: str,
         writer: ChunkWriter,
         form: ChunkForm,
@@ -54,6 +56,7 @@ class WriteBehind:
         warn: WarnRarely,
     ) -> None:
         self._backend = backend
+        self._disk = disk
         self._prefix = prefix
         self._writer = writer
         self._form = form
@@ -152,10 +155,21 @@ class WriteBehind:
         try:
             parts = await self._loop.work(self._writer.seal, key, slot, buffer)
             status = await self._put(key, parts)
+            self._presence.note_stored(key)
+            await self._keep_on_disk(key, parts)
         finally:
             buffer.release()
-        self._presence.note_stored(key)
         return SaveOutcome.STORED if status is PutStatus.CREATED else SaveOutcome.PRESENT
+
+    async def _keep_on_disk(self, key: ChunkKey, parts: Sequence[Buffer]) -> None:
+        fill = None if self._disk is None else self._disk.begin(key, sum(len(part) for part in parts))
+        if fill is None:
+            return
+        try:
+            if await fill.write(0, parts):
+                await fill.commit()
+        finally:
+            fill.abandon()
 
     async def _put(self, key: ChunkKey, parts: Sequence[Buffer]) -> PutStatus:
         name = object_name(self._prefix, key, self._form.shard)

@@ -376,8 +376,8 @@ def settle(store: KVStore) -> None:
 def assert_no_slot_lost(store: KVStore) -> None:
     """Nobody holds a slot any more, but for the memory tier."""
     settle(store)
-    fetcher = store._reads.flights._route.fetcher
-    for arena in (fetcher.scratch, fetcher.transit, store._writes._writer.buffers):
+    fetcher = store._parts.reads.flights._route.fetcher
+    for arena in (fetcher.scratch, fetcher.transit, store._parts.writes._writer.buffers):
         assert arena.free == arena.slots
-    store._memory.clear()
-    assert store._memory.arena.free == store._memory.arena.slots
+    store._parts.memory.clear()
+    assert store._parts.memory.arena.free == store._parts.memory.arena.slots

@@ -17,7 +17,7 @@ from samples import (
     stored_chunks,
 )
 
-import kvstore.store
+import kvstore.assembly
 from kvstore.errors import MissReason
 
 CHAIN = chain_of(4)
@@ -44,7 +44,7 @@ def test_loads_that_wait_for_the_same_chunks_share_every_read(opened, codec):
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_a_load_that_comes_late_gets_the_layers_that_have_landed_at_once(opened, monkeypatch, codec):
-    monkeypatch.setattr(kvstore.store, "FetchLimits", lambda: LAYER_BY_LAYER)
+    monkeypatch.setattr(kvstore.assembly, "FetchLimits", lambda: LAYER_BY_LAYER)
     backend, gate = ScriptedBackend(stored_chunks(CHAIN, codec=codec)), Gate()
     seen = {}
 
@@ -123,13 +123,13 @@ def test_a_damaged_chunk_is_a_miss_to_all_that_wait_for_it_and_counted_as_one(op
 def test_with_loads_coming_and_going_at_any_moment_pages_are_right_and_no_slot_is_lost(
     opened, monkeypatch, codec
 ):
-    monkeypatch.setattr(kvstore.store, "FetchLimits", lambda: LAYER_BY_LAYER)
+    monkeypatch.setattr(kvstore.assembly, "FetchLimits", lambda: LAYER_BY_LAYER)
     chain = chain_of(6)
     backend = ScriptedBackend(stored_chunks(chain, codec=codec))
     store = opened(backend, memory_bytes=4 * 8192, fetch_concurrency=3)
     for seed in range(40):
         source = random.Random(seed)
-        store._memory.clear()
+        store._parts.memory.clear()
         loads = []
         for _ in range(source.randrange(2, 6)):
             start = source.randrange(6)

@@ -90,6 +90,7 @@ class Lab:
             prefix=PREFIX,
             shard=FORM.shard,
             memory=self.memory,
+            disk=None,
             presence=Presence(60.0, clock=self.clock),
             metrics=self.metrics,
             warn=WarnRarely(logging.getLogger("kvstore"), clock=self.clock),
