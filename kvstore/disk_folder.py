@@ -394,8 +394,12 @@ def is_absence(error: OSError) -> bool:
 
 def cost_bytes(found: os.stat_result) -> int:
     """What a file takes on disk. Some file systems say so late, or compress: then its length."""
-    whole = -(-found.st_size // _ALLOCATION_BYTES) * _ALLOCATION_BYTES
-    return max(found.st_blocks * _BLOCK_UNIT_BYTES, whole)
+    return max(found.st_blocks * _BLOCK_UNIT_BYTES, likely_cost_bytes(found.st_size))
+
+
+def likely_cost_bytes(length: int) -> int:
+    """What a file of that length will take on disk."""
+    return -(-length // _ALLOCATION_BYTES) * _ALLOCATION_BYTES
 
 
 def _remove_unlocked(path: str) -> None:
