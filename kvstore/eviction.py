@@ -157,9 +157,13 @@ class PrefixEviction(Generic[V]):
         entries, turn = self._entries, self._turn
         for key in keys:
             entry = entries.get(key)
-            if entry is not None:
-                entry.uses = min(_USES_MAX, self._faded(entry) + 1)
+            if entry is None:
+                continue
+            if entry.turn != turn:
+                entry.uses = self._faded(entry)
                 entry.turn = turn
+            if entry.uses < _USES_MAX:
+                entry.uses += 1
 
     def remove(self, key: bytes) -> Victim[V] | None:
         """Take an entry out that is gone or of no use, a covered one too: its children are orphans then."""

@@ -42,6 +42,8 @@ from kvstore.disk_tier import DiskTier
 async def fill(tier, key):
     data = data_of(key)
     fill = tier.begin(key, len(data))
+    if fill is None:
+        return
     for start in range(0, len(data), 1000):
         await fill.write(start, [data[start:start + 1000]])
     if await fill.commit():
