@@ -213,9 +213,8 @@ class DiskTier:
         limits = self._limits
         reads = half is Half.READS
 
-        def probe_reads(_: Caller) -> None:
-            chunk = self._index.some_chunk()
-            self._folder.check_readable(None if chunk is None else self._folder.path(chunk))
+        def probe_reads(caller: Caller) -> None:
+            self._folder.check_readable(self._index.some_chunk(), caller)
 
         return DiskHalf(
             half,
