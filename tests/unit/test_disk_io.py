@@ -92,6 +92,8 @@ def test_work_for_a_caller_that_is_gone_ends_and_touches_nothing(tmp_path: Path,
         disk_io.fill(file, 0, memoryview(out), caller, direct=False)
     with pytest.raises(AbandonedError):
         disk_io.drain(file, None, 0, [memoryview(out)], caller)
+    with pytest.raises(AbandonedError):
+        disk_io._Source([memoryview(out)], caller).take(5)
     assert out == b"x" * 10
     assert os.pread(file, 100, 0) == bytes(100)
     os.close(file)
