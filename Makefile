@@ -1,8 +1,12 @@
-# One .venv serves every target; it is rebuilt when the project's requirements change.
+# One .venv serves every target; it is rebuilt when the project's requirements change. Benchmarks that
+# compare with other libraries have another: botocore signs and checks differently where awscrt is.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+BENCH_VENV := .cache/bench
+BENCH_STAMP := $(BENCH_VENV)/.installed
+BENCH_ALONE := read_path
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test bench lint types clean
@@ -19,14 +23,22 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP) ## A model's KV cache goes through S3 and comes back (TEXT=file, MODEL=folder)
-	@$(BIN)/python -m examples.demo $(if $(TEXT),--text '$(TEXT)') $(if $(MODEL),--model '$(MODEL)')
+	@$(BIN)/python -m examples.demo $(if $(TEXT),--text "$$TEXT") $(if $(MODEL),--model "$$MODEL")
 
 test: $(STAMP) ## Run the test suite
 	@$(BIN)/python -m pytest $(ARGS)
 
-bench: $(STAMP) ## Run one benchmark: NAME=roundtrip
-	@test -n '$(NAME)' || { echo "usage: make bench NAME=x, x one of: $$(ls benchmarks | sed -n 's/^\([a-z].*\)\.py$$/\1/p' | tr '\n' ' ')"; exit 2; }
-	@$(BIN)/python -m benchmarks.$(NAME) $(ARGS)
+$(BENCH_STAMP): $(STAMP) pyproject.toml constraints.txt
+	@test -x $(BENCH_VENV)/bin/python || $(PYTHON) -m venv $(BENCH_VENV)
+	@echo "Installing into $(BENCH_VENV) (once)..."
+	@$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	@touch $@
+
+bench: $(if $(filter $(BENCH_ALONE),$(NAME)),$(BENCH_STAMP),$(STAMP)) ## Run one benchmark: NAME=roundtrip; without NAME, lists them
+	@test -n '$(NAME)' || { echo "usage: make bench NAME=x [ARGS=--help], x one of:"; \
+		for file in $$(grep -l '^if __name__' benchmarks/*.py); do \
+			printf '  %-14s %s\n' "$$(basename $$file .py)" "$$(sed -n '1s/^"""//p' $$file)"; done; exit 2; }
+	@$(if $(filter $(BENCH_ALONE),$(NAME)),$(BENCH_VENV)/bin,$(BIN))/python -m benchmarks.$(NAME) $(ARGS)
 
 lint: $(STAMP) ## Check style (ruff)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -12,14 +12,14 @@ import argparse
 import os
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
-from benchmarks.report import machine, print_result, say
+from benchmarks.pages import HostPages
+from benchmarks.report import Timing, machine, print_result, say, timed
 from kvstore import DType, Durability, KVLayout, KVStore, Namespace, load_settings
+from kvstore.arena import whole_pages
 from kvstore.backends.contract import Backend
 from kvstore.backends.filesystem import FilesystemBackend
 from kvstore.backends.memory import MemoryBackend
@@ -31,34 +31,6 @@ from localstack.moto import moto_bucket
 LAYOUT = KVLayout(layers=8, kv_heads=8, head_dim=128, dtype=DType.BFLOAT16, page_form="nhd", page_tokens=16)
 FORM = ChunkForm(LAYOUT, LAYOUT.whole)
 DEADLINE_S = 300.0
-
-
-class HostPages:
-    """Pages of an engine on the CPU, as one buffer a layer: the copies a real adapter makes."""
-
-    def __init__(self, chunks: int) -> None:
-        random = os.urandom(FORM.section_bytes)
-        self._layers = [bytearray(random * chunks) for _ in range(LAYOUT.layers)]
-
-    def gather(self, index: int, sections: Sequence[memoryview]) -> None:
-        for layer, section in zip(self._layers, sections, strict=True):
-            section[:] = memoryview(layer)[self._at(index)]
-
-    def scatter(self, layer: int, indices: Sequence[int], sections: Sequence[memoryview]) -> None:
-        for index, section in zip(indices, sections, strict=True):
-            self._layers[layer][self._at(index)] = section
-
-    @staticmethod
-    def _at(index: int) -> slice:
-        return slice(index * FORM.section_bytes, (index + 1) * FORM.section_bytes)
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds by the clock and of this process's CPU."""
-
-    wall_s: float
-    cpu_s: float
 
 
 def main() -> None:
@@ -92,12 +64,14 @@ class Case:
         self._name = name
         self._codec = codec
         self._chunks = chunks
-        self._pages = HostPages(chunks)
+        self._pages = HostPages(FORM, chunks)
         self._timings: list[tuple[Timing, Timing]] = []
+        # The upload queue takes at most three quarters of memory.
+        room_bytes = (4 * chunks // 3 + 2) * whole_pages(FORM.raw_bytes)
         settings = load_settings(
             codec=codec,
-            memory_bytes=(chunks + 1) * FORM.raw_bytes,
-            upload_queue_bytes=(chunks + 1) * FORM.raw_bytes,
+            memory_bytes=room_bytes,
+            upload_queue_bytes=room_bytes,
             prefix="roundtrip",
         )
         self._saver = stack.enter_context(KVStore.open(LAYOUT, settings=settings, backend=make()))
@@ -108,14 +82,14 @@ class Case:
         namespace = Namespace("roundtrip", f"{self._codec}/{round_}", LAYOUT, "none")
         chain = self._saver.chain(namespace, range(self._chunks * LAYOUT.chunk_tokens))
         span = range(self._chunks)
-        with _timed() as saved:
+        with timed() as saved:
             outcomes = self._saver.save(chain, span, self._pages, until=Durability.REMOTE).wait(DEADLINE_S)
-        with _timed() as loaded:
+        with timed() as loaded:
             result = self._loader.load(chain, span, self._pages, timeout_s=DEADLINE_S).wait()
         if set(outcomes.values()) != {"stored"} or result.chunks != self._chunks:
             raise SystemExit(f"{self._name}: the round trip failed: {outcomes}, {result.failures}")
         if round_:
-            self._timings.append((saved[0], loaded[0]))
+            self._timings.append((saved(), loaded()))
 
     def row(self) -> dict[str, str | float]:
         """Medians over the rounds."""
@@ -145,14 +119,6 @@ def _backends(stack: ExitStack) -> dict[str, Callable[[], Backend]]:
         "filesystem": lambda: FilesystemBackend(folder),
         "s3-moto": lambda: S3Backend(options),
     }
-
-
-@contextmanager
-def _timed() -> Iterator[list[Timing]]:
-    result: list[Timing] = []
-    wall_s, cpu_s = time.perf_counter(), time.process_time()
-    yield result
-    result.append(Timing(time.perf_counter() - wall_s, time.process_time() - cpu_s))
 
 
 def _print_table(rows: list[dict[str, str | float]]) -> None:

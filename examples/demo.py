@@ -24,7 +24,7 @@ from rich.table import Table
 
 from examples.demo_arguments import add_task_arguments
 from kvstore.backends.opening import open_backend
-from kvstore.errors import KVStoreError
+from kvstore.errors import KVStoreError, MisconfiguredError
 from kvstore.settings import load_settings
 from localstack.moto import moto_bucket
 
@@ -38,6 +38,10 @@ def main() -> None:
     add_task_arguments(parser)
     arguments = parser.parse_args()
     console = Console()
+    try:
+        _check_bucket()
+    except MisconfiguredError as error:
+        parser.exit(2, f"demo: {error}\n")
     with _storage(console) as environment, tempfile.TemporaryDirectory() as folder:
         task = ["--logits", f"{folder}/logits", "--text", str(arguments.text)]
         task += ["--model", str(arguments.model)] if arguments.model else []
@@ -51,6 +55,16 @@ def main() -> None:
     console.print(_verdict(result))
     print(json.dumps(result))
     sys.exit(0 if result["identical"] else 1)
+
+
+def _check_bucket() -> None:
+    """Say what is wrong with the settings before anything is started by them."""
+    settings = load_settings()
+    if not open_backend(settings).capabilities.shared:
+        raise MisconfiguredError(
+            f"KVSTORE_BUCKET={settings.bucket!r} is gone with its process, and the demo has two; "
+            "it takes an S3 bucket or file:///folder"
+        )
 
 
 @contextmanager
