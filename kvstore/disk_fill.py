@@ -43,9 +43,10 @@ class DiskFill:
     for trouble with the disk, and nothing waits longer than the tier's limit for one write.
     """
 
-    def __init__(self, parts: FillParts, chunk: Chunk, reservation: Reservation) -> None:
+    def __init__(self, parts: FillParts, chunk: Chunk, object_bytes: int, reservation: Reservation) -> None:
         self._parts = parts
         self._chunk = chunk
+        self._object_bytes = object_bytes
         self._reservation = reservation
         self._written = Ranges()
         self._opening: asyncio.Task[bool] | None = None
@@ -64,9 +65,9 @@ class DiskFill:
         """
         views = byte_views(parts)
         stop = offset + sum(len(view) for view in views)
-        if not 0 <= offset <= stop <= self._reservation.object_bytes:
+        if not 0 <= offset <= stop <= self._object_bytes:
             raise MisconfiguredError(
-                f"bytes {offset} to {stop} are not in an object of {self._reservation.object_bytes} bytes"
+                f"bytes {offset} to {stop} are not in an object of {self._object_bytes} bytes"
             )
         if self._ended or not await self._opened():
             return False
@@ -88,7 +89,7 @@ class DiskFill:
         """
         if self._ended:
             return False
-        if not self._written.cover(self._reservation.object_bytes):
+        if not self._written.cover(self._object_bytes):
             self._drop(FillDrop.ABANDONED)
             return False
 

@@ -121,13 +121,11 @@ class DiskFolder:
             self._direct = False
             self._write_once(block, caller)
 
-    def check_readable(self, path: Path | None) -> None:
+    def check_readable(self, chunk: Chunk | None, caller: Caller) -> None:
         """Read from the disk: a chunk's file, if there is one, else the folder."""
-        if path is not None:
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError), self._opened(path) as (file, _):
-                os.preadv(file, [disk_io.own_buffer()[: disk_io.BLOCK_BYTES]], 0)
-                return
-        self.root.stat()
+        out = memoryview(bytearray(1))
+        if chunk is None or self.read(self.path(chunk), 0, out, None, caller) is None:
+            self.root.stat()
 
     def read(
         self, path: Path, offset: int, out: memoryview, if_match: str | None, caller: Caller
@@ -186,7 +184,7 @@ class DiskFolder:
                 os.close(file)
                 raise
             os.close(file)
-        raise BlockingIOError(f"files made in {self._unfinished} are locked or removed at once")
+        raise BlockingIOError(errno.EAGAIN, "each file is locked or removed at once", str(self._unfinished))
 
     def publish(self, file: NewFile, path: Path, *, sync: bool) -> os.stat_result:
         """Make a finished file a chunk's. One that is there already stays, and is as good.
@@ -201,7 +199,7 @@ class DiskFolder:
                 _sync_folder(folder)
         found = status(path)
         if found is None:
-            raise FileNotFoundError(f"{path} was removed as soon as it was written")
+            raise FileNotFoundError(errno.ENOENT, "removed as soon as it was written", str(path))
         return found
 
     def remove(self, path: Path) -> bool:
@@ -301,7 +299,7 @@ class DiskFolder:
     def _make_folder(self, folder: Path) -> list[Path]:
         """Make a folder below the root. Returns the parents of what was made."""
         if folder == self.root:
-            raise FileNotFoundError(f"{self.root} is gone")
+            raise FileNotFoundError(errno.ENOENT, "the folder is gone", str(self.root))
         try:
             folder.mkdir()
         except FileExistsError:
@@ -394,8 +392,12 @@ def is_absence(error: OSError) -> bool:
 
 def cost_bytes(found: os.stat_result) -> int:
     """What a file takes on disk. Some file systems say so late, or compress: then its length."""
-    whole = -(-found.st_size // _ALLOCATION_BYTES) * _ALLOCATION_BYTES
-    return max(found.st_blocks * _BLOCK_UNIT_BYTES, whole)
+    return max(found.st_blocks * _BLOCK_UNIT_BYTES, likely_cost_bytes(found.st_size))
+
+
+def likely_cost_bytes(length: int) -> int:
+    """What a file of that length will take on disk."""
+    return -(-length // _ALLOCATION_BYTES) * _ALLOCATION_BYTES
 
 
 def _remove_unlocked(path: str) -> None:

@@ -143,5 +143,6 @@ class DiskHalf:
         what = error.strerror or f"took longer than {self._timeout_s:g} s"
         self._warn(
             f"disk {self._half} {how}",
-            f"the disk tier in {self._folder} goes without {self._half} for a while: {what}; {_FIXES[how]}",
+            f"{self._half} of the disk tier in {self._folder} fail, so chunks are not there: "
+            f"{what}; {_FIXES[how]}",
         )

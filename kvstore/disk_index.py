@@ -13,22 +13,22 @@ from kvstore.disk_events import FillDrop
 from kvstore.disk_folder import Chunk, FoundFile, Place
 from kvstore.eviction import PrefixEviction, Victim
 
-# Written since the last look at what other processes wrote: more calls for a look, twice as much
-# must wait for it. With n processes a folder is over its budget by at most n-1 times the latter.
+# What may be written since the last look at what other processes wrote: a share of the budget, or
+# what may be in flight if that is more. That much calls for a look, twice as much must wait for it.
+# So n processes overrun a folder's budget by at most n-1 times the latter.
 _UNSEEN_SHARE = 16
-_UNSEEN_OBJECTS = 4
 _HASH_BYTES = 32
 _SAMPLE = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """Room for one chunk that is being written."""
+    """Room for one chunk that is being written. `cost_bytes`: what its file will take on disk."""
 
     key: bytes
     parent: bytes
     place: Place
-    object_bytes: int
+    cost_bytes: int
 
 
 class DiskIndex:
@@ -53,6 +53,7 @@ class DiskIndex:
         self._in_flight_bytes = 0
         self._unread_bytes = 0
         self._unseen_bytes = 0
+        self._unseen_bytes_max = max(bytes_max // _UNSEEN_SHARE, in_flight_bytes_max)
         self._counted = False
         self._scanned = False
 
@@ -113,20 +114,20 @@ class DiskIndex:
             reused = [key for key in touched if self._chunks.was_reused(key)]
             return [Chunk(key, place) for key in reused if (place := self._chunks.get(key)) is not None]
 
-    def reserve(self, chunk: Chunk, parent: bytes, object_bytes: int) -> Reservation | FillDrop | None:
+    def reserve(self, chunk: Chunk, parent: bytes, cost_bytes: int) -> Reservation | FillDrop | None:
         """Room for a chunk; None when it is here, on its way in or on its way out."""
         key = self.key(chunk)
         with self._lock:
             if key in self._chunks or key in self._filling or key in self._leaving:
                 return None
-            in_flight = self._in_flight_bytes + object_bytes
+            in_flight = self._in_flight_bytes + cost_bytes
             if in_flight > self._limit_bytes:
                 return FillDrop.NO_ROOM
             if in_flight > self._in_flight_bytes_max:
                 return FillDrop.IN_FLIGHT
-            if not self._may_write(in_flight, object_bytes):
+            if not self._may_write(in_flight):
                 return FillDrop.SCANNING
-            reservation = Reservation(key, self._key(parent, chunk.place), chunk.place, object_bytes)
+            reservation = Reservation(key, self._key(parent, chunk.place), chunk.place, cost_bytes)
             self._filling[key] = reservation
             self._parents[reservation.parent] += 1
             self._in_flight_bytes = in_flight
@@ -135,20 +136,15 @@ class DiskIndex:
     def release(self, reservation: Reservation) -> None:
         """Give room back: nothing of the chunk is being written any more. Again does nothing."""
         with self._lock:
-            if self._filling.get(reservation.key) is not reservation:
-                return
-            del self._filling[reservation.key]
-            self._in_flight_bytes -= reservation.object_bytes
-            self._parents[reservation.parent] -= 1
-            if not self._parents[reservation.parent]:
-                del self._parents[reservation.parent]
+            self._release(reservation)
 
     def admit(self, reservation: Reservation, cost_bytes: int) -> bool:
         """Take in a chunk whose file has its name now. True: enough was written to look at the folder."""
         with self._lock:
+            self._release(reservation)
             self._chunks.add(reservation.key, reservation.parent, cost_bytes, reservation.place)
             self._unseen_bytes += cost_bytes
-            return self._unseen_bytes >= self._unseen_bytes_max(cost_bytes)
+            return self._unseen_bytes >= self._unseen_bytes_max
 
     def next_victim(self) -> Victim[Place] | None:
         """Take out the chunk that must make room; None when all fits. `gone` or `keep` ends it."""
@@ -199,7 +195,7 @@ class DiskIndex:
         return known
 
     def expect(self, unread_bytes: int) -> None:
-        """A scan has seen files of that much whose headers it has yet to read."""
+        """The first scan has seen files of that much whose headers it has yet to read."""
         with self._lock:
             self._unread_bytes = unread_bytes
             self._counted = True
@@ -211,7 +207,7 @@ class DiskIndex:
         """
         chunk = found.chunk
         with self._lock:
-            self._unread_bytes -= found.cost_bytes
+            self._unread_bytes = max(0, self._unread_bytes - found.cost_bytes)
             key = self.key(chunk)
             if parent is not None and key not in self._leaving:
                 self._chunks.add(
@@ -235,18 +231,24 @@ class DiskIndex:
         with self._lock:
             self._limit_bytes = min(self._limit_bytes, self.occupied_bytes)
 
+    def _release(self, reservation: Reservation) -> None:
+        if self._filling.get(reservation.key) is not reservation:
+            return
+        del self._filling[reservation.key]
+        self._in_flight_bytes -= reservation.cost_bytes
+        self._parents[reservation.parent] -= 1
+        if not self._parents[reservation.parent]:
+            del self._parents[reservation.parent]
+
     @property
     def _fits(self) -> bool:
         return self.occupied_bytes + self._in_flight_bytes <= self._limit_bytes
 
-    def _may_write(self, in_flight: int, object_bytes: int) -> bool:
+    def _may_write(self, in_flight: int) -> bool:
         """Whether enough is known of the folder to write more into it."""
         if self._scanned:
-            return self._unseen_bytes < 2 * self._unseen_bytes_max(object_bytes)
+            return self._unseen_bytes < 2 * self._unseen_bytes_max
         return self._counted and self.occupied_bytes + in_flight <= self._limit_bytes
-
-    def _unseen_bytes_max(self, object_bytes: int) -> int:
-        return max(self._bytes_max // _UNSEEN_SHARE, _UNSEEN_OBJECTS * object_bytes)
 
     def _key(self, hash_: bytes, place: Place) -> bytes:
         return hash_ if place.shard == self._shard else hash_ + place.shard.encode()

@@ -24,7 +24,7 @@ from kvstore.backends.contract import ABSENT, Absent, ReadResult
 from kvstore.disk_circuit import Circuit
 from kvstore.disk_events import Departure, DiskEvents, FillDrop, Half, NoDiskEvents
 from kvstore.disk_fill import DiskFill, FillParts
-from kvstore.disk_folder import Chunk, DiskFolder, place
+from kvstore.disk_folder import Chunk, DiskFolder, likely_cost_bytes, place
 from kvstore.disk_half import DiskHalf
 from kvstore.disk_index import DiskIndex
 from kvstore.disk_upkeep import DiskUpkeep
@@ -172,11 +172,13 @@ class DiskTier:
             self._events.fill_dropped(FillDrop.DEGRADED)
             return None
         chunk = self._chunk(key)
-        reservation = self._index.reserve(chunk, key.parent, object_bytes)
+        reservation = self._index.reserve(chunk, key.parent, likely_cost_bytes(object_bytes))
         if isinstance(reservation, FillDrop):
             self._events.fill_dropped(reservation)
             return None
-        return None if reservation is None else DiskFill(self._fill_parts, chunk, reservation)
+        if reservation is None:
+            return None
+        return DiskFill(self._fill_parts, chunk, object_bytes, reservation)
 
     def discard(self, key: ChunkKey) -> None:
         """Remove a chunk that a reader found damaged. It is out at once, its file soon."""
@@ -211,9 +213,8 @@ class DiskTier:
         limits = self._limits
         reads = half is Half.READS
 
-        def probe_reads(_: Caller) -> None:
-            chunk = self._index.some_chunk()
-            self._folder.check_readable(None if chunk is None else self._folder.path(chunk))
+        def probe_reads(caller: Caller) -> None:
+            self._folder.check_readable(self._index.some_chunk(), caller)
 
         return DiskHalf(
             half,

@@ -69,9 +69,11 @@ class DiskUpkeep:
             self._forget(due)
         for left in known.values():
             self._forget(left)
-        self._index.expect(sum(file.cost_bytes for files in found.values() for file in files))
+        first = not self._index.scanned
+        if first:
+            self._index.expect(sum(file.cost_bytes for files in found.values() for file in files))
         # What is in use is known first after a start; later, what is found is put in order of age.
-        for age in sorted(found, reverse=not self._index.scanned):
+        for age in sorted(found, reverse=first):
             for file in found.pop(age):
                 caller.check()
                 self._index.add_found(file, self._parent_of(file, caller))

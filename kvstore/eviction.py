@@ -41,9 +41,9 @@ class Victim(Generic[V]):
 
 
 class _Entry(Generic[V]):
-    """One chunk. `uses` is as of turn `turn` of the main queue."""
+    """One chunk. `uses` is as of turn `turn` of the main queue; `main_children` are those kept there."""
 
-    __slots__ = ("children", "cost_bytes", "main", "parent", "turn", "uses", "value")
+    __slots__ = ("children", "cost_bytes", "main", "main_children", "parent", "turn", "uses", "value")
 
     def __init__(self, parent: bytes, cost_bytes: int, value: V, turn: int, *, main: bool) -> None:
         self.parent = parent
@@ -53,6 +53,7 @@ class _Entry(Generic[V]):
         self.main = main
         self.uses = 0
         self.children = 0
+        self.main_children = 0
 
 
 class PrefixEviction(Generic[V]):
@@ -72,8 +73,8 @@ class PrefixEviction(Generic[V]):
         # Leaves, next victim first.
         self._small: OrderedDict[bytes, _Entry[V]] = OrderedDict()
         self._main: OrderedDict[bytes, _Entry[V]] = OrderedDict()
-        # How many entries have this absent parent.
-        self._orphans: dict[bytes, int] = {}
+        # Of an absent parent: how many children are here, and how many of these in the main queue.
+        self._orphans: dict[bytes, tuple[int, int]] = {}
         self._ghosts = _Ghosts()
         self._cost_bytes = 0
         self._small_bytes = 0
@@ -133,17 +134,20 @@ class PrefixEviction(Generic[V]):
             return False
         if parent == key:
             parent = _NO_PARENT  # no hash is its own parent's, but a forged header may claim so
-        children = self._orphans.pop(key, 0)
-        main = reused or children > 0 or key in self._ghosts
+        children, main_children = self._orphans.pop(key, (0, 0))
+        main = reused or main_children > 0 or key in self._ghosts
         entry = _Entry(parent, cost_bytes, value, self._turn, main=main)
-        entry.children = children
+        entry.children, entry.main_children = children, main_children
+        above = self._entries.get(parent)
+        if above is not None and not above.children:
+            del self._queue(above)[parent]
         self._entries[key] = entry
         self._cost_bytes += cost_bytes
-        if not main:
-            self._small_bytes += cost_bytes
-        self._cover_parent(entry)
+        self._count_child(parent, 1, int(main))
         if main:
             self._promote(parent)
+        else:
+            self._small_bytes += cost_bytes
         if not children:
             self._enqueue(key, entry, oldest=oldest)
         return True
@@ -153,9 +157,13 @@ class PrefixEviction(Generic[V]):
         entries, turn = self._entries, self._turn
         for key in keys:
             entry = entries.get(key)
-            if entry is not None:
-                entry.uses = min(_USES_MAX, self._faded(entry) + 1)
+            if entry is None:
+                continue
+            if entry.turn != turn:
+                entry.uses = self._faded(entry)
                 entry.turn = turn
+            if entry.uses < _USES_MAX:
+                entry.uses += 1
 
     def remove(self, key: bytes) -> Victim[V] | None:
         """Take an entry out that is gone or of no use, a covered one too: its children are orphans then."""
@@ -163,7 +171,7 @@ class PrefixEviction(Generic[V]):
         if entry is None:
             return None
         if entry.children:
-            self._orphans[key] = entry.children
+            self._orphans[key] = (entry.children, entry.main_children)
         else:
             del self._queue(entry)[key]
         return self._take_out(key, entry)
@@ -242,19 +250,25 @@ class PrefixEviction(Generic[V]):
             if not entry.children:
                 del self._small[key]
             entry.main = True
+            self._count_child(entry.parent, 0, 1)
             self._small_bytes -= entry.cost_bytes
             if not entry.children:
                 self._enqueue(key, entry)
             key = entry.parent
 
-    def _cover_parent(self, entry: _Entry[V]) -> None:
-        parent = self._entries.get(entry.parent)
-        if parent is None:
-            self._orphans[entry.parent] = self._orphans.get(entry.parent, 0) + 1
-            return
-        if not parent.children:
-            del self._queue(parent)[entry.parent]
-        parent.children += 1
+    def _count_child(self, parent: bytes, children: int, main_children: int) -> _Entry[V] | None:
+        """Add to what a parent has, be it here or not; returns it if it is here."""
+        entry = self._entries.get(parent)
+        if entry is not None:
+            entry.children += children
+            entry.main_children += main_children
+            return entry
+        all_, main = self._orphans.get(parent, (0, 0))
+        if all_ + children:
+            self._orphans[parent] = (all_ + children, main + main_children)
+        else:
+            del self._orphans[parent]
+        return None
 
     def _take_out(self, key: bytes, entry: _Entry[V]) -> Victim[V]:
         """Forget an entry that stands in no queue any more, and uncover its parent."""
@@ -262,17 +276,9 @@ class PrefixEviction(Generic[V]):
         self._cost_bytes -= entry.cost_bytes
         if not entry.main:
             self._small_bytes -= entry.cost_bytes
-        parent = self._entries.get(entry.parent)
-        if parent is None:
-            left = self._orphans[entry.parent] - 1
-            if left:
-                self._orphans[entry.parent] = left
-            else:
-                del self._orphans[entry.parent]
-        else:
-            parent.children -= 1
-            if not parent.children:
-                self._enqueue(entry.parent, parent, oldest=True)
+        parent = self._count_child(entry.parent, -1, -int(entry.main))
+        if parent is not None and not parent.children:
+            self._enqueue(entry.parent, parent, oldest=True)
         return Victim(key, entry.parent, entry.cost_bytes, entry.value)
 
     def _pop_any(self, pinned: Callable[[bytes], bool]) -> Victim[V] | None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import os
+import stat
 import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -134,7 +137,7 @@ async def get(tier: DiskTier, key: ChunkKey, object_bytes: int = OBJECT_BYTES) -
 async def until(condition: Callable[[], bool]) -> None:
     """Wait until something has come about that no call tells."""
     async with asyncio.timeout(PATIENCE_S):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 other threads bring it about
             await asyncio.sleep(0.005)
 
 
@@ -159,13 +162,14 @@ def unfinished(folder: Path) -> list[Path]:
 
 def disk_bytes(folder: Path) -> int:
     """What all files take on disk, those being written too."""
-    total = 0
+    found: dict[int, int] = {}
     for path in folder.rglob("*"):
-        try:
-            total += path.lstat().st_blocks * 512 if path.is_file() else 0
-        except FileNotFoundError:
-            continue
-    return total
+        # Other threads write and remove meanwhile.
+        with contextlib.suppress(FileNotFoundError):
+            status = path.lstat()
+            if stat.S_ISREG(status.st_mode):
+                found[status.st_ino] = status.st_blocks * 512
+    return sum(found.values())
 
 
 _FUNCTIONS = [
@@ -188,12 +192,12 @@ class Disk:
         self, number: int, *functions: str, where: str = "", half: str = "", times: int = 1 << 30
     ) -> None:
         """Have `functions` (all of them: none named) fail whose first argument holds `where`."""
-        self._rules.append(_Rule(functions, where, half, times, number, None))
+        self._rules.append(_Rule(functions, half, where, times, number))
 
     def hang(self, *functions: str, half: str = "") -> threading.Event:
         """Have `functions` hang until the event is set."""
         released = threading.Event()
-        self._rules.append(_Rule(functions, "", half, 1 << 30, 0, released))
+        self._rules.append(_Rule(functions, half, released=released))
         return released
 
     def heal(self) -> None:
@@ -220,36 +224,25 @@ class Disk:
         return call
 
 
+@dataclass
 class _Rule:
-    def __init__(
-        self,
-        functions: Sequence[str],
-        where: str,
-        half: str,
-        times: int,
-        number: int,
-        released: threading.Event | None,
-    ) -> None:
-        self._functions = functions
-        self._where = where
-        self._half = half
-        self._times = times
-        self._number = number
-        self.released = released
-        self.hanging = 0
+    functions: Sequence[str]
+    half: str = ""
+    where: str = ""
+    times: int = 1 << 30
+    number: int = 0
+    released: threading.Event | None = None
+    hanging: int = 0
 
     def apply(self, name: str, thread: str, argument: str) -> None:
-        if (
-            (self._functions and name not in self._functions)
-            or self._where not in argument
-            or not self._times
-        ):
+        due = not self.functions or name in self.functions
+        if not due or not self.times or self.where not in argument:
             return
-        if not thread.startswith(f"kvstore-disk-{self._half}"):
+        if not thread.startswith(f"kvstore-disk-{self.half}"):
             return
-        self._times -= 1
+        self.times -= 1
         if self.released is None:
-            raise OSError(self._number, os.strerror(self._number), argument)
+            raise OSError(self.number, os.strerror(self.number), argument)
         self.hanging += 1
         self.released.wait(2 * PATIENCE_S)
         self.hanging -= 1

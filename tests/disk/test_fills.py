@@ -1,4 +1,5 @@
 import asyncio
+import itertools
 import os
 import random
 from pathlib import Path
@@ -22,6 +23,7 @@ from disk_samples import (
     run,
     settled,
     unfinished,
+    until,
 )
 
 from kvstore.backends.contract import ABSENT
@@ -72,7 +74,7 @@ def test_pieces_of_any_size_may_come_in_any_order_and_at_once(tmp_path: Path, wa
     length = (3 << 20) + source.randrange(1 << 20)
     data = source.randbytes(length)
     cuts = sorted({0, length, *(source.randrange(length) for _ in range(source.choice([2, 9, 40])))})
-    pieces = list(zip(cuts, cuts[1:], strict=False))
+    pieces = list(itertools.pairwise(cuts))
     source.shuffle(pieces)
 
     async def scenario(tier: DiskTier) -> None:
@@ -180,7 +182,7 @@ def test_an_abandoned_fill_leaves_nothing_and_gives_its_room_back(tmp_path: Path
             assert unfinished(tmp_path) == []
         assert await put(tier, KEYS[0])
 
-    run(tmp_path, scenario, limits=DiskLimits(in_flight_bytes=OBJECT_BYTES, look_s=3600))
+    run(tmp_path, scenario, limits=DiskLimits(in_flight_bytes=COST_BYTES, look_s=3600))
 
 
 def test_abandoning_after_the_commit_does_nothing(tmp_path: Path):
@@ -235,7 +237,7 @@ def test_bytes_in_flight_are_bounded(tmp_path: Path):
         await settled(tier)
         assert tier.begin(KEYS[7], OBJECT_BYTES) is not None
 
-    run(tmp_path, scenario, limits=DiskLimits(in_flight_bytes=3 * OBJECT_BYTES, look_s=3600), events=events)
+    run(tmp_path, scenario, limits=DiskLimits(in_flight_bytes=3 * COST_BYTES, look_s=3600), events=events)
     assert unfinished(tmp_path) == []
 
 
@@ -268,9 +270,7 @@ def test_a_cancelled_write_abandons_the_fill_and_needs_the_pieces_no_more(tmp_pa
         piece = bytearray(4 << 20)
         disk.hang("pwrite")
         writing = asyncio.ensure_future(fill.write(0, [piece]))
-        await asyncio.sleep(0)
-        while not disk.hanging:
-            await asyncio.sleep(0.005)
+        await until(lambda: disk.hanging > 0)
         writing.cancel()
         with pytest.raises(asyncio.CancelledError):
             await writing

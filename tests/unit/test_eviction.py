@@ -15,16 +15,13 @@ COST = 10
 def check_structure(policy: PrefixEviction[int]) -> None:
     """What must hold inside, whatever was done."""
     entries = policy._entries
-    children = {key: 0 for key in entries}
-    orphans: dict[bytes, int] = {}
+    families = dict.fromkeys((*entries, *(entry.parent for entry in entries.values())), (0, 0))
     for entry in entries.values():
-        if entry.parent in entries:
-            children[entry.parent] += 1
-        else:
-            orphans[entry.parent] = orphans.get(entry.parent, 0) + 1
-    assert {key: entry.children for key, entry in entries.items()} == children
-    assert policy._orphans == orphans
-    leaves = {key for key, count in children.items() if not count}
+        children, main = families[entry.parent]
+        families[entry.parent] = (children + 1, main + entry.main)
+    assert all(families[key] == (entry.children, entry.main_children) for key, entry in entries.items())
+    assert policy._orphans == {key: family for key, family in families.items() if key not in entries}
+    leaves = {key for key in entries if not families[key][0]}
     assert {*policy._small, *policy._main} == leaves
     assert not {*policy._small} & {*policy._main}
     assert all(not entry.main for entry in policy._small.values())
@@ -49,13 +46,14 @@ class Model(RuleBasedStateMachine):
     def parents(self) -> set[bytes]:
         return {parent for parent, _, _ in self.here.values()}
 
-    @rule(data=st.data(), cost=st.integers(1, 40), oldest=st.booleans(), reused=st.booleans())
-    def add(self, data: st.DataObject, cost: int, oldest: bool, reused: bool) -> None:
+    @rule(data=st.data(), cost=st.integers(1, 40))
+    def add(self, data: st.DataObject, cost: int) -> None:
         parent = data.draw(st.sampled_from([ROOT, *self.here]))
         # Names come back, so that ghosts do.
         key = b"%s/%d" % (parent, data.draw(st.integers(0, 2)))
         self.made += 1
-        added = self.policy.add(key, parent, cost, self.made, oldest=oldest, reused=reused)
+        how = {name: data.draw(st.booleans()) for name in ("oldest", "reused")}
+        added = self.policy.add(key, parent, cost, self.made, **how)
         assert added == (key not in self.here)
         if added:
             self.here[key] = (parent, cost, self.made)
@@ -185,6 +183,15 @@ def test_what_is_added_as_oldest_goes_first_and_what_was_reused_stays_longer():
     assert policy.was_reused(b"old and reused")
     assert not policy.was_reused(b"fresh")
     assert list(victims(policy)) == [b"oldest found", b"newest found", b"fresh", b"old and reused"]
+
+
+def test_the_order_in_which_parents_and_children_are_found_does_not_matter():
+    policy: PrefixEviction[None] = PrefixEviction(COST)
+    keys = chain("found", 4)
+    for parent, key in reversed([*zip([ROOT, *keys], keys, strict=False)]):
+        policy.add(key, parent, COST, None, oldest=True)
+    policy.add(b"fresh", ROOT, COST, None)
+    assert list(victims(policy)) == [*reversed(keys), b"fresh"]
 
 
 def test_a_key_that_comes_back_soon_after_it_went_stays_longer():
