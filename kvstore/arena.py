@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import mmap
 import threading
 from collections import deque
@@ -62,16 +63,22 @@ class Arena:
         self.slot_bytes = whole_pages(slot_bytes)
         self._evict = evict
         self._lock = threading.Lock()
-        # Pages are touched first when a slot is first used; the last slot freed is the next one
-        # taken, so that the memory in use stays warm and small.
+        # The last slot freed is the next one taken, so that the memory in use stays warm.
         # Private: a forked child has bookkeeping of its own, and must have memory of its own too.
         self._mapping = mmap.mmap(-1, self.slot_bytes * slots, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):
+            self._mapping.madvise(mmap.MADV_HUGEPAGE)  # a wish; not every kernel grants it
         view = memoryview(self._mapping)
         self._slots = tuple(
             Slot(self, i, view[i * self.slot_bytes : (i + 1) * self.slot_bytes]) for i in range(slots)
         )
         self._free = list(reversed(self._slots))
         self._waiters: deque[_Waiter] = deque()
+
+    @property
+    def memory(self) -> memoryview:
+        """All of its memory, slot after slot."""
+        return memoryview(self._mapping)
 
     @property
     def slots(self) -> int:

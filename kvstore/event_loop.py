@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
+from kvstore.backends.blocking import BlockingCalls, Caller
 from kvstore.errors import StoreClosedError
 
 T = TypeVar("T")
@@ -27,7 +28,7 @@ class EventLoopThread:
 
     def __init__(self, workers: int) -> None:
         self._loop = asyncio.new_event_loop()
-        self._workers = concurrent.futures.ThreadPoolExecutor(workers, "kvstore-worker")
+        self._workers = BlockingCalls(workers, "kvstore-worker")
         self._submitting = threading.Lock()
         self._closed = False
         self._process = os.getpid()
@@ -75,12 +76,12 @@ class EventLoopThread:
         A cancelled caller still waits for the function to end: it may be writing to memory that
         the caller is about to give back.
         """
-        future = self._loop.run_in_executor(self._workers, function, *arguments)
-        try:
-            return await asyncio.shield(future)
-        except asyncio.CancelledError:
-            await to_its_end(future)
-            raise
+
+        def run(caller: Caller) -> T:
+            with caller.buffers():
+                return function(*arguments)
+
+        return await self._workers.run(run)
 
     def close(self, last: Coroutine[Any, Any, None]) -> None:
         """Cancel what still runs and wait for it, run `last`, and end the threads."""
@@ -90,16 +91,15 @@ class EventLoopThread:
         done.result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
-        self._workers.shutdown()
         self._loop.close()
 
-    @staticmethod
-    async def _shut_down(last: Coroutine[Any, Any, None]) -> None:
+    async def _shut_down(self, last: Coroutine[Any, Any, None]) -> None:
         others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
         await last
+        await self._workers.close()
 
 
 async def to_its_end(future: asyncio.Future[Any]) -> None:

@@ -44,7 +44,9 @@ class LoadHandle:
     returned, nothing writes to pages any more.
     """
 
-    def __init__(self, span: range, layers: int, cancel: Callable[[], None]) -> None:
+    def __init__(
+        self, span: range, layers: int, cancel: Callable[[], None], *, late: Callable[[], None]
+    ) -> None:
         self._span = span
         self._changed = threading.Condition()
         self._layers_ready = 0
@@ -53,6 +55,7 @@ class LoadHandle:
         self._failures: dict[int, MissReason] = {}
         self._done = False
         self._cancel = cancel
+        self._late = late
 
     @property
     def span(self) -> range:
@@ -68,6 +71,8 @@ class LoadHandle:
         if not 0 <= layer < self._layers:
             raise IndexError(f"layer {layer} of a load with {self._layers} layers")
         with self._changed:
+            if self._layers_ready <= layer and not self._done:
+                self._late()
             if not self._changed.wait_for(lambda: self._layers_ready > layer or self._done, timeout_s):
                 raise TimeoutError(f"layer {layer} has not arrived within {timeout_s} s")
             return self._leading

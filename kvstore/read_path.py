@@ -8,8 +8,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvstore.arena import Slot
-from kvstore.chunk_fetch import ChunkFetcher
+from kvstore.chunk_fetch import Berth
+from kvstore.chunk_flight import ChunkFlight, ChunkFlights
+from kvstore.disk_tier import DiskTier
 from kvstore.errors import KVStoreError, MissError, MissReason
 from kvstore.event_loop import EventLoopThread, to_its_end
 from kvstore.handles import LoadHandle
@@ -22,6 +23,7 @@ from kvstore.presence import Presence
 from kvstore.warn import BACKEND_TROUBLE, WarnRarely
 
 _log = logging.getLogger("kvstore.read_path")
+_MEMORY = "memory"
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class ReadPath:
 
     form: ChunkForm
     memory: MemoryTier
-    fetcher: ChunkFetcher
+    disk: DiskTier | None
+    flights: ChunkFlights
     presence: Presence
     metrics: Metrics
     loop: EventLoopThread
@@ -40,12 +43,12 @@ class ReadPath:
 class ChunkLoad:
     """One load: `keys[i]` for i in `span`, into `sink`. Runs on the store's loop.
 
-    Each chunk has a task and a slot of its own, given back when its last layer is in pages. So
-    an arena smaller than the span slows a load down and never stops it.
+    Holds the memory of what has landed until it is in pages. Sections that are there go to pages
+    lowest layer first, all chunks of a layer in one call of the sink.
     """
 
     def __init__(self, path: ReadPath, keys: Sequence[ChunkKey], sink: PageSink, span: range) -> None:
-        self.handle = LoadHandle(span, path.form.layers, self._cancel_soon)
+        self.handle = LoadHandle(span, path.form.layers, self._cancel_soon, late=path.metrics.late_layers.inc)
         self._path = path
         self._keys = keys
         self._sink = sink
@@ -54,14 +57,14 @@ class ChunkLoad:
         self._cancelled = False
         # Chunks at or past this index are of no use any more: one before them is missing.
         self._limit = span.stop
-        self._tasks: dict[int, asyncio.Task[None]] = {}
-        self._layers_left = dict.fromkeys(span, path.form.layers)
-        self._in_pages = {index: asyncio.Event() for index in span}
+        self._seats = {index: _Seat(self, index, path.form.layers) for index in span}
         self._chunks_left = [set(span) for _ in range(path.form.layers)]
         self._layers_ready = 0
-        self._arrived: dict[int, dict[int, Slot]] = defaultdict(dict)
-        self._arrival = asyncio.Event()
-        self._scattering = asyncio.Lock()
+        self._arrived: dict[int, dict[int, _Parcel]] = defaultdict(dict)
+        self._news = asyncio.Event()
+        # What the sink may be reading yet, and flights that end because nobody waits for them.
+        self._unwanted: list[_Parcel] = []
+        self._ending: list[asyncio.Task[None]] = []
 
     async def run(self, timeout_s: float) -> None:
         """Load until done, failed, cancelled or out of time; always finishes the handle."""
@@ -83,6 +86,7 @@ class ChunkLoad:
             _log.exception("a load failed by a defect; its chunks count as missed")
         finally:
             self._count_rest(why)
+            await self._withdraw_all()
             self.handle._finish()  # noqa: SLF001 the handle's other half
 
     def _cancel_soon(self) -> None:
@@ -94,85 +98,56 @@ class ChunkLoad:
             self._running.cancel()
 
     async def _run(self) -> None:
-        async with asyncio.TaskGroup() as tasks:
-            scatter = tasks.create_task(self._scatter_arrivals())
-            for index in self._span:
-                self._tasks[index] = tasks.create_task(self._load_chunk(index))
-            if self._tasks:
-                await asyncio.wait(self._tasks.values())
-            scatter.cancel()
-        self._path.memory.touch(self._keys[: self._limit])
+        for seat in tuple(self._seats.values()):
+            self._board(seat)
+        while self._seats:
+            await self._news.wait()
+            self._news.clear()
+            while self._arrived:
+                layer = min(self._arrived)
+                await self._scatter(layer, self._arrived.pop(layer))
+                self._release_unwanted()
+            self._release_unwanted()
+        used = self._keys[: self._limit]
+        self._path.memory.touch(used)
+        if self._path.disk is not None:
+            self._path.disk.touch(used)
 
-    async def _load_chunk(self, index: int) -> None:
-        slot = self._path.memory.get(self._keys[index])
-        tier = "memory" if slot else "backend"
-        slot = slot or await self._path.memory.arena.acquire()
-        try:
-            if tier == "memory":
-                self._arrive(index, slot, range(self._path.form.layers))
-            else:
-                await self._fetch(index, slot)
-            await self._in_pages[index].wait()
-            if not self._layers_left[index]:
-                self._path.metrics.loaded_chunks.labels(tier).inc()
-        except MissError as miss:
-            self._miss(index, miss.reason, miss)
-        except KVStoreError as error:
-            self._miss(index, MissReason.UNREACHABLE, error)
-        except Exception as error:
-            _log.debug("chunk %s could not be loaded because of a defect", self._keys[index], exc_info=True)
-            self._miss(index, MissReason.INTERNAL_ERROR, error)
-        finally:
-            await self._withdraw(index)
+    def _board(self, seat: _Seat) -> None:
+        if seat.index not in self._seats:
+            return  # one before it is missing already
+        key = self._keys[seat.index]
+        slot = self._path.memory.get(key)
+        if slot is None:
+            seat.flight = self._path.flights.board(key, seat.index - self._span.start, seat)
+        else:
+            seat.landed(range(self._path.form.layers), Berth(slot, 0))
             slot.release()
 
-    async def _fetch(self, index: int, slot: Slot) -> None:
-        key = self._keys[index]
-        await self._path.fetcher.fetch(key, index, slot, lambda layers: self._arrive(index, slot, layers))
-        self._path.memory.admit(key, slot)
-        self._path.presence.note_stored(key)
-
-    def _arrive(self, index: int, slot: Slot, layers: range) -> None:
+    def arrive(self, index: int, layers: range, parcel: _Parcel) -> None:
+        """Layers of a chunk lie in host memory."""
         for layer in layers:
-            self._arrived[layer][index] = slot
-        self._arrival.set()
+            self._arrived[layer][index] = parcel
+        self._news.set()
 
-    async def _withdraw(self, index: int) -> None:
-        """See to it that nothing reads the chunk's slot any more."""
-        if self._layers_left[index]:
-            for batch in self._arrived.values():
-                batch.pop(index, None)
-            await to_its_end(asyncio.ensure_future(self._no_scatter()))
-
-    async def _no_scatter(self) -> None:
-        async with self._scattering:
-            pass
-
-    async def _scatter_arrivals(self) -> None:
-        while True:
-            await self._arrival.wait()
-            self._arrival.clear()
-            while self._arrived:
-                async with self._scattering:
-                    layer = min(self._arrived)
-                    batch = self._arrived.pop(layer)
-                    await self._scatter(layer, batch)
-
-    async def _scatter(self, layer: int, batch: dict[int, Slot]) -> None:
+    async def _scatter(self, layer: int, batch: dict[int, _Parcel]) -> None:
         form = self._path.form
         start = form.header_bytes + layer * form.stride
         indices = sorted(index for index in batch if index < self._limit)
-        sections = [batch[index].memory[start : start + form.section_bytes] for index in indices]
+        sections = [batch[index].berth.view(start, start + form.section_bytes) for index in indices]
         if not indices:
             return
         error = await self._path.loop.work(self._call_sink, layer, indices, sections)
         if error is not None:
-            self._miss(indices[0], MissReason.SINK_FAILED, error)
+            self.miss(indices[0], MissReason.SINK_FAILED, error)
             return
         for index in indices:
-            self._layers_left[index] -= 1
-            if not self._layers_left[index]:
-                self._in_pages[index].set()
+            seat = self._seats.get(index)
+            if seat is not None:
+                batch[index].unpack()
+                seat.layers_left -= 1
+                if not seat.layers_left:
+                    self._complete(seat)
         self._chunks_left[layer].difference_update(indices)
         self._advance()
 
@@ -186,12 +161,43 @@ class ChunkLoad:
             return error
         return None
 
+    def _complete(self, seat: _Seat) -> None:
+        tier = _MEMORY if seat.flight is None else seat.flight.tier
+        self._path.metrics.loaded_chunks.labels(tier).inc()
+        self._vacate(seat)
+
+    def _vacate(self, seat: _Seat) -> None:
+        """Wait for a chunk no longer, and give its memory back once no sink reads it."""
+        del self._seats[seat.index]
+        if seat.flight is not None and not seat.over:
+            ending = self._path.flights.leave(seat.flight, seat)
+            if ending is not None:
+                self._ending.append(ending)
+        if seat.layers_left:
+            for batch in self._arrived.values():
+                batch.pop(seat.index, None)
+        self._unwanted += seat.parcels
+        self._news.set()
+
+    def _release_unwanted(self) -> None:
+        unwanted, self._unwanted = self._unwanted, []
+        for parcel in unwanted:
+            parcel.discard()
+
+    async def _withdraw_all(self) -> None:
+        """See to it that nothing of this load goes on. The sink is not at work any more."""
+        for seat in tuple(self._seats.values()):
+            self._vacate(seat)
+        self._release_unwanted()
+        for ending in self._ending:
+            await to_its_end(ending)
+
     def _advance(self) -> None:
         while self._layers_ready < self._path.form.layers and not self._chunks_left[self._layers_ready]:
             self._layers_ready += 1
         self.handle._set_layers_ready(self._layers_ready)  # noqa: SLF001
 
-    def _miss(self, index: int, reason: MissReason, error: BaseException) -> None:
+    def miss(self, index: int, reason: MissReason, error: BaseException) -> None:
         """Chunk `index` will not come: end the work on it and those behind it, go on with those before."""
         if index >= self._limit:
             return
@@ -202,12 +208,11 @@ class ChunkLoad:
             topic = BACKEND_TROUBLE if reason is MissReason.UNREACHABLE else f"miss {reason}"
             said = error if isinstance(error, KVStoreError) else repr(error)
             self._path.warn(topic, f"chunk {self._keys[index]} is a miss ({reason}): {said}")
-        for later, task in self._tasks.items():
-            if later >= index and task is not asyncio.current_task():
-                task.cancel()
+        for seat in tuple(self._seats.values()):
+            if seat.index >= index:
+                self._vacate(seat)
         for chunks in self._chunks_left:
             chunks.intersection_update(range(self._limit))
-        self._in_pages[index].set()
         self._advance()
 
     def _fail(self, index: int, reason: MissReason) -> None:
@@ -215,8 +220,57 @@ class ChunkLoad:
         self.handle._fail(index, reason)  # noqa: SLF001
 
     def _count_rest(self, why: MissReason) -> None:
-        for index, layers in self._layers_left.items():
-            if index > self._limit:
-                self._fail(index, MissReason.BEHIND_A_MISS)
-            elif layers and index < self._limit:
-                self._fail(index, why)
+        for index in range(self._limit + 1, self._span.stop):
+            self._fail(index, MissReason.BEHIND_A_MISS)
+        for index in self._seats:
+            self._fail(index, why)
+
+
+class _Parcel:
+    """Layers of one chunk that landed together; holds their memory until the last of them is in pages."""
+
+    def __init__(self, berth: Berth, layers: int) -> None:
+        berth.slot.retain()
+        self.berth = berth
+        self._layers_left = layers
+
+    def unpack(self) -> None:
+        """One of the layers is in pages."""
+        self._layers_left -= 1
+        if not self._layers_left:
+            self.berth.slot.release()
+
+    def discard(self) -> None:
+        """The others need not be."""
+        if self._layers_left:
+            self._layers_left = 0
+            self.berth.slot.release()
+
+
+class _Seat:
+    """One chunk of a load: what its flight tells, and what is left to do. A `Rider`."""
+
+    def __init__(self, load: ChunkLoad, index: int, layers: int) -> None:
+        self.index = index
+        self.layers_left = layers
+        self.flight: ChunkFlight | None = None
+        self.parcels: list[_Parcel] = []
+        self.over = False
+        self._load = load
+
+    def landed(self, layers: range, berth: Berth) -> None:
+        """See Rider."""
+        parcel = _Parcel(berth, len(layers))
+        self.parcels.append(parcel)
+        self._load.arrive(self.index, layers, parcel)
+
+    def ended(self, error: Exception | None) -> None:
+        """See Rider."""
+        self.over = True
+        if isinstance(error, MissError):
+            self._load.miss(self.index, error.reason, error)
+        elif isinstance(error, KVStoreError):
+            self._load.miss(self.index, MissReason.UNREACHABLE, error)
+        elif error is not None:
+            _log.debug("a chunk could not be loaded because of a defect", exc_info=error)
+            self._load.miss(self.index, MissReason.INTERNAL_ERROR, error)

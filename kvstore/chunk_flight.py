@@ -1,0 +1,188 @@
+"""Chunks on their way into memory: one flight a chunk, however many loads wait for it."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Protocol
+
+from kvstore.arena import Slot
+from kvstore.chunk import ChunkHeader
+from kvstore.chunk_fetch import Berth, ChunkFetcher, StoredCopy
+from kvstore.disk_fill import DiskFill
+from kvstore.disk_tier import DiskTier
+from kvstore.errors import KVStoreError, MissError
+from kvstore.keys import ChunkKey
+from kvstore.memory_tier import MemoryTier
+from kvstore.metrics import Metrics
+from kvstore.presence import DAMAGE, Presence
+from kvstore.range_reader import RangeReader
+
+
+class Rider(Protocol):
+    """A load that waits for a chunk. Called on the store's loop."""
+
+    def landed(self, layers: range, berth: Berth) -> None:
+        """These layers of the chunk lie verified in `berth`; retain its slot to keep them."""
+        ...
+
+    def ended(self, error: Exception | None) -> None:
+        """Everything has landed, or nothing more will because of `error`."""
+        ...
+
+
+class ChunkFlight:
+    """One chunk on its way. See `Landing` for what a fetcher makes of it.
+
+    tier  where it comes from; known when the first layers have landed
+    """
+
+    def __init__(self, key: ChunkKey, order: int, layers: int) -> None:
+        self.key = key
+        self.order = order
+        self.slot: Slot | None = None
+        self.landed = [False] * layers
+        self.header: ChunkHeader | None = None
+        self.tier = ""
+        self.riders: list[Rider] = []
+        self.task: asyncio.Task[None] | None = None
+        self.copies_to: DiskTier | None = None
+        self.copy: DiskFill | None = None
+
+    @property
+    def open(self) -> bool:
+        """Whether riders may still board: all that has landed can be had from the slot."""
+        return self.slot is not None or not any(self.landed)
+
+    def begin_copy(self, object_bytes: int) -> StoredCopy | None:
+        """See Landing."""
+        if self.copies_to is not None:
+            self.copy = self.copies_to.begin(self.key, object_bytes)
+        return self.copy
+
+    def land(self, layers: range, berth: Berth) -> None:
+        """Tell every rider that these layers have come."""
+        for layer in layers:
+            # Riders count layers: one that came twice would make up for one that never came.
+            assert not self.landed[layer], "a layer has landed twice"
+            self.landed[layer] = True
+        for rider in tuple(self.riders):
+            rider.landed(layers, berth)
+
+    def board(self, rider: Rider) -> None:
+        """Let one more rider know what has landed, and what will."""
+        self.riders.append(rider)
+        if self.slot is not None:
+            for layer, here in enumerate(self.landed):
+                if here:
+                    rider.landed(range(layer, layer + 1), Berth(self.slot, 0))
+
+
+@dataclass(frozen=True)
+class DiskSource:
+    """The disk tier, and the reader of its files."""
+
+    tier: DiskTier
+    reader: RangeReader
+
+
+@dataclass(frozen=True)
+class Route:
+    """Where flights come from and go to. What comes from the backend is copied to the disk tier."""
+
+    memory: MemoryTier
+    disk: DiskSource | None
+    presence: Presence
+    fetcher: ChunkFetcher
+    backend: RangeReader
+    metrics: Metrics
+
+
+class ChunkFlights:
+    """The flights under way. Used on the store's loop alone.
+
+    A flight has a task of its own, and a slot where one is free; none waits for another. Where
+    memory is short a chunk passes through without one, group of layers by group of layers, and is
+    not kept. So an arena smaller than a load neither stops it nor breaks its layer order.
+    """
+
+    def __init__(self, route: Route) -> None:
+        self._route = route
+        self._under_way: dict[bytes, ChunkFlight] = {}
+
+    def board(self, key: ChunkKey, order: int, rider: Rider) -> ChunkFlight:
+        """Wait for a chunk, with those who wait for it already if there are any.
+
+        `rider` may be told of layers before this returns. It must `leave` if it loses interest.
+        """
+        flight = self._under_way.get(key.hash)
+        if flight is None or not flight.open:
+            flight = ChunkFlight(key, order, self._route.fetcher.form.layers)
+            self._under_way[key.hash] = flight
+            flight.task = asyncio.create_task(self._fly(flight))
+        flight.board(rider)
+        return flight
+
+    def leave(self, flight: ChunkFlight, rider: Rider) -> asyncio.Task[None] | None:
+        """Not wait any longer. The last one to leave ends the flight: its task, to be waited for."""
+        flight.riders.remove(rider)
+        if flight.riders or all(flight.landed):
+            return None
+        self._forget(flight)
+        assert flight.task is not None
+        flight.task.cancel()
+        return flight.task
+
+    def _forget(self, flight: ChunkFlight) -> None:
+        if self._under_way.get(flight.key.hash) is flight:
+            del self._under_way[flight.key.hash]
+
+    async def _fly(self, flight: ChunkFlight) -> None:
+        error: Exception | None = None
+        flight.slot = self._route.memory.arena.try_acquire()
+        try:
+            await self._fetch(flight)
+            if flight.slot is not None:
+                self._route.memory.admit(flight.key, flight.slot)
+        except Exception as failure:
+            error = failure
+        finally:
+            self._forget(flight)
+            if flight.slot is not None:
+                flight.slot.release()
+            if flight.copy is not None and not all(flight.landed):
+                flight.copy.abandon()
+        for rider in tuple(flight.riders):
+            rider.ended(error)
+        if flight.copy is not None and error is None:
+            await flight.copy.commit()
+
+    async def _fetch(self, flight: ChunkFlight) -> None:
+        disk = self._route.disk
+        if disk is not None and flight.key in disk.tier and await self._fetched_from_disk(flight, disk):
+            return
+        # A copy needs the whole object; what has landed already will not come again.
+        flight.copies_to = None if disk is None or any(flight.landed) else disk.tier
+        await self._fetch_from(flight, self._route.backend)
+        self._route.presence.note_stored(flight.key)
+
+    async def _fetched_from_disk(self, flight: ChunkFlight, disk: DiskSource) -> bool:
+        try:
+            await self._fetch_from(flight, disk.reader)
+        except MissError as miss:
+            if miss.reason in DAMAGE:
+                disk.tier.discard(flight.key)
+        except KVStoreError:
+            pass  # the tier counts its disk's failures and warns of them
+        else:
+            return True
+        return False
+
+    async def _fetch_from(self, flight: ChunkFlight, reader: RangeReader) -> None:
+        flight.tier = reader.tier
+        try:
+            await self._route.fetcher.fetch(reader, flight)
+        except MissError as miss:
+            if miss.reason in DAMAGE:
+                self._route.metrics.corrupt_chunks.labels(reader.tier, miss.reason.value).inc()
+            raise
