@@ -6,8 +6,8 @@ Everything it writes lies in `folder`, where a later `serve` finds again what it
 across restarts. It runs in a process of its own, the keeper, so nobody calls it directly: the
 module's other functions do, through `keeper.kept`.
 
-It also has `install()`, which `serve` begins with: it gets what is missing where that is possible,
-and raises ServerError that says how to get it where not.
+Where it needs something installed it also has `install()`, which `serve` begins with: it gets what
+is missing where that is possible, and raises ServerError that says how to get it where not.
 """
 
 from __future__ import annotations

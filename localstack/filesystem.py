@@ -25,7 +25,3 @@ def serve(folder: Path) -> Iterator[dict[str, Any]]:
     objects = folder / "objects"
     objects.mkdir(exist_ok=True)
     yield asdict(Store(bucket=objects.as_uri()))
-
-
-def install() -> None:
-    """Have what it needs, which is nothing."""
