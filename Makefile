@@ -62,5 +62,6 @@ lint: $(STAMP) ## Check style (ruff)
 types: $(STAMP) ## Check types (mypy strict)
 	@$(BIN)/mypy
 
-clean: ## Remove the virtual environment and caches
+clean: ## Stop stores, remove the virtual environment and caches
+	@if test -d .cache/s3; then $(BIN)/python -m localstack down; fi
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
