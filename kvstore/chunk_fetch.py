@@ -16,7 +16,7 @@ from kvstore.errors import MissError, MissReason
 from kvstore.event_loop import EventLoopThread
 from kvstore.keys import ChunkKey, object_name
 from kvstore.layout import ChunkForm
-from kvstore.plan import FetchLimits, first_read_bytes, layer_groups, missing_groups
+from kvstore.plan import FetchLimits, Priority, Turn, first_read_bytes, layer_groups, missing_groups
 from kvstore.range_reader import RangeReader
 
 
@@ -34,7 +34,7 @@ class Berth(NamedTuple):
 class Landing(Protocol):
     """Where a chunk comes down.
 
-    order   place among the chunks of a load, for the layer-major order
+    turn    orders its reads among those of all loads
     slot    takes the whole raw stored form: header room, then host form. None: memory is short,
             and each read gets a berth of its own that is gone when `land` has returned
     landed  by layer: whether it has come, verified and in host form, and is not to be written again
@@ -47,7 +47,7 @@ class Landing(Protocol):
         ...
 
     @property
-    def order(self) -> int:
+    def turn(self) -> Turn:
         """See above."""
         ...
 
@@ -126,7 +126,7 @@ class ChunkFetcher:
         """Read the header and the layers behind it in one request."""
         landing = fetch.landing
         async with AsyncExitStack() as held:
-            async with fetch.reader.turn((0, landing.order)):
+            async with fetch.reader.place(self._priority(landing, 0)):
                 berth = await held.enter_async_context(self._berth(landing, 0))
                 # What has landed in a slot is not to be written again.
                 direct = landing.slot is None or not any(landing.landed)
@@ -165,7 +165,7 @@ class ChunkFetcher:
         start, stop = extents[layers.start].start, extents[layers.stop - 1].stop
         in_place = self._in_place(fetch.header, layers)
         async with AsyncExitStack() as held:
-            async with fetch.reader.turn((layers.start, landing.order)):
+            async with fetch.reader.place(self._priority(landing, layers.start)):
                 # Not before: whoever holds memory must not wait for its turn behind others.
                 berth = await held.enter_async_context(self._berth(landing, self._slot_offset(layers.start)))
                 stored = (
@@ -222,6 +222,9 @@ class ChunkFetcher:
             and header.extents[layer].start == self._slot_offset(layer)
             for layer in layers
         )
+
+    def _priority(self, landing: Landing, layer: int) -> Priority:
+        return landing.turn.priority(layer, self.form.layers)
 
     def _slot_offset(self, layer: int) -> int:
         return self.form.header_bytes + layer * self.form.stride

@@ -15,6 +15,7 @@ from kvstore.errors import KVStoreError, MissError
 from kvstore.keys import ChunkKey
 from kvstore.memory_tier import MemoryTier
 from kvstore.metrics import Metrics
+from kvstore.plan import Turn
 from kvstore.presence import DAMAGE, Presence
 from kvstore.range_reader import RangeReader
 
@@ -37,9 +38,9 @@ class ChunkFlight:
     tier  where it comes from; known when the first layers have landed
     """
 
-    def __init__(self, key: ChunkKey, order: int, layers: int) -> None:
+    def __init__(self, key: ChunkKey, turn: Turn, layers: int) -> None:
         self.key = key
-        self.order = order
+        self.turn = turn
         self.slot: Slot | None = None
         self.landed = [False] * layers
         self.header: ChunkHeader | None = None
@@ -110,14 +111,14 @@ class ChunkFlights:
         self._route = route
         self._under_way: dict[bytes, ChunkFlight] = {}
 
-    def board(self, key: ChunkKey, order: int, rider: Rider) -> ChunkFlight:
+    def board(self, key: ChunkKey, turn: Turn, rider: Rider) -> ChunkFlight:
         """Wait for a chunk, with those who wait for it already if there are any.
 
         `rider` may be told of layers before this returns. It must `leave` if it loses interest.
         """
         flight = self._under_way.get(key.hash)
         if flight is None or not flight.open:
-            flight = ChunkFlight(key, order, self._route.fetcher.form.layers)
+            flight = ChunkFlight(key, turn, self._route.fetcher.form.layers)
             self._under_way[key.hash] = flight
             flight.task = asyncio.create_task(self._fly(flight))
         flight.board(rider)

@@ -48,7 +48,10 @@ class DiskIndex:
         self._chunks: PrefixEviction[Place] = PrefixEviction(bytes_max)
         self._filling: dict[bytes, Reservation] = {}
         self._parents: defaultdict[bytes, int] = defaultdict(int)
+        # On their way out, and gone since a scan began, which may have seen their files.
         self._leaving: set[bytes] = set()
+        self._gone: set[bytes] = set()
+        self._scanning = False
         self._touched: set[bytes] = set()
         self._in_flight_bytes = 0
         self._unread_bytes = 0
@@ -168,6 +171,8 @@ class DiskIndex:
         """A chunk's file is no more."""
         with self._lock:
             self._leaving.discard(victim.key)
+            if self._scanning:
+                self._gone.add(victim.key)
 
     def keep(self, victim: Victim[Place], *, reused: bool) -> None:
         """Take a chunk back whose file stays: another process uses it, or it could not be removed."""
@@ -180,12 +185,16 @@ class DiskIndex:
     def forget(self, key: bytes) -> bool:
         """Drop a chunk whose file is not there, whoever removed it; False when it was not known."""
         with self._lock:
+            if self._scanning:
+                self._gone.add(key)
             return self._chunks.remove(key) is not None
 
     def begin_scan(self) -> dict[tuple[str, int], list[Chunk]]:
         """Chunks by namespace and first byte of the hash: what a scan should find."""
         with self._lock:
             self._unseen_bytes = 0
+            self._scanning = True
+            self._gone.clear()
             keys = list(self._chunks)
         known: defaultdict[tuple[str, int], list[Chunk]] = defaultdict(list)
         for key in keys:
@@ -209,7 +218,7 @@ class DiskIndex:
         with self._lock:
             self._unread_bytes = max(0, self._unread_bytes - found.cost_bytes)
             key = self.key(chunk)
-            if parent is not None and key not in self._leaving:
+            if parent is not None and key not in self._leaving and key not in self._gone:
                 self._chunks.add(
                     key,
                     self._key(parent, chunk.place),
@@ -224,6 +233,8 @@ class DiskIndex:
         with self._lock:
             self._unread_bytes = 0
             self._scanned = True
+            self._scanning = False
+            self._gone.clear()
             self._limit_bytes = min(self._bytes_max, self.occupied_bytes + free_bytes)
 
     def limit_to_held(self) -> None:

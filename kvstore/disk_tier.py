@@ -51,11 +51,11 @@ class DiskLimits:
     close_timeout_s  for closing, twice at most
     """
 
-    in_flight_bytes: int = 1 << 30
+    in_flight_bytes: int = 512 << 20
     read_threads: int = 8
     write_threads: int = 4
     read_timeout_s: float = 2.0
-    write_timeout_s: float = 10.0
+    write_timeout_s: float = 5.0
     failures: int = 3
     pause_min_s: float = 1.0
     pause_max_s: float = 60.0

@@ -95,11 +95,14 @@ class LoadHandle:
             self._layers_ready = count
             self._changed.notify_all()
 
-    def _fail(self, index: int, reason: MissReason) -> None:
-        """Chunk `index` will not arrive; nor will those behind it be of use."""
+    def _fail(self, index: int, reason: MissReason) -> bool:
+        """Chunk `index` will not arrive; nor will those behind it be of use. False: that was known."""
         with self._changed:
-            self._failures.setdefault(index, reason)
+            if index in self._failures:
+                return False
+            self._failures[index] = reason
             self._leading = min(self._leading, index - self._span.start)
+            return True
 
     def _finish(self) -> None:
         with self._changed:

@@ -19,6 +19,7 @@ from kvstore.layout import ChunkForm
 from kvstore.memory_tier import MemoryTier
 from kvstore.metrics import Metrics
 from kvstore.pages import PageSink
+from kvstore.plan import Turn
 from kvstore.presence import Presence
 from kvstore.warn import BACKEND_TROUBLE, WarnRarely
 
@@ -98,8 +99,9 @@ class ChunkLoad:
             self._running.cancel()
 
     async def _run(self) -> None:
+        began_s = asyncio.get_running_loop().time()
         for seat in tuple(self._seats.values()):
-            self._board(seat)
+            self._board(seat, began_s)
         while self._seats:
             await self._news.wait()
             self._news.clear()
@@ -113,13 +115,14 @@ class ChunkLoad:
         if self._path.disk is not None:
             self._path.disk.touch(used)
 
-    def _board(self, seat: _Seat) -> None:
+    def _board(self, seat: _Seat, began_s: float) -> None:
         if seat.index not in self._seats:
             return  # one before it is missing already
         key = self._keys[seat.index]
         slot = self._path.memory.get(key)
         if slot is None:
-            seat.flight = self._path.flights.board(key, seat.index - self._span.start, seat)
+            turn = Turn(began_s, seat.index - self._span.start)
+            seat.flight = self._path.flights.board(key, turn, seat)
         else:
             seat.landed(range(self._path.form.layers), Berth(slot, 0))
             slot.release()
@@ -137,7 +140,7 @@ class ChunkLoad:
         sections = [batch[index].berth.view(start, start + form.section_bytes) for index in indices]
         if not indices:
             return
-        error = await self._path.loop.work(self._call_sink, layer, indices, sections)
+        error = await self._path.loop.call_engine(self._call_sink, layer, indices, sections)
         if error is not None:
             self.miss(indices[0], MissReason.SINK_FAILED, error)
             return
@@ -216,8 +219,8 @@ class ChunkLoad:
         self._advance()
 
     def _fail(self, index: int, reason: MissReason) -> None:
-        self._path.metrics.count_miss(reason)
-        self.handle._fail(index, reason)  # noqa: SLF001
+        if self.handle._fail(index, reason):  # noqa: SLF001
+            self._path.metrics.count_miss(reason)
 
     def _count_rest(self, why: MissReason) -> None:
         for index in range(self._limit + 1, self._span.stop):

@@ -23,18 +23,20 @@ from disk_samples import (
 
 from kvstore.arena import Arena
 from kvstore.chunk_fetch import ChunkFetcher
+from kvstore.chunk_flight import ChunkFlight
 from kvstore.disk_events import Departure
 from kvstore.disk_tier import DiskTier
 from kvstore.errors import MissError, MissReason
-from kvstore.fetch_gate import FetchGate
 from kvstore.keys import ChunkKey
 from kvstore.layout import ChunkForm
-from kvstore.plan import FetchLimits
+from kvstore.metrics import Metrics
+from kvstore.plan import FetchLimits, largest_read_bytes
 from kvstore.presence import DAMAGE
+from kvstore.range_reader import RangeReader
 
 FORM = ChunkForm(TINY_LAYOUT, SHARD)
 KEYS = keys_of(3)
-LIMITS = FetchLimits(first_bytes=1, group_bytes=1)
+LIMITS = FetchLimits(first_bytes=1, group_bytes=1, worth_bytes=1)
 
 Load = Callable[[ChunkKey], Awaitable[MissReason | None]]
 
@@ -47,36 +49,37 @@ class OnThisLoop:
 
 
 class Reader:
-    """Reads chunks from a tier as a store does from a bucket, with one read a layer."""
+    """Reads chunks from a tier as a store does, with one read a layer."""
 
     def __init__(self, tier: DiskTier) -> None:
+        slot_bytes = largest_read_bytes(FORM, LIMITS)
         self._slots = Arena(FORM.raw_bytes, 1)
-        scratch = Arena(ChunkFetcher.scratch_bytes(FORM, LIMITS), 4)
         self._fetcher = ChunkFetcher(
-            backend=tier,  # type: ignore[arg-type]  # only read_into is used
-            prefix=DiskTier.prefix,
-            form=FORM,
-            limits=LIMITS,
-            gate=FetchGate(4),
-            loop=OnThisLoop(),  # type: ignore[arg-type]
-            scratch=scratch,
+            FORM,
+            LIMITS,
+            OnThisLoop(),  # type: ignore[arg-type]
+            Arena(slot_bytes, 4),
+            Arena(slot_bytes, 4),
+        )
+        self._reader = RangeReader(
+            "disk", tier.read_into, prefix=tier.prefix, concurrency=4, metrics=Metrics(), scratch=None
         )
 
     async def load(self, key: ChunkKey) -> MissReason | None:
         """Why the chunk is a miss; None: it was served, whole and right."""
-        slot = await self._slots.acquire()
-        served: list[int] = []
+        flight = ChunkFlight(key, 0, FORM.layers)
+        flight.slot = await self._slots.acquire()
         try:
-            await self._fetcher.fetch(key, 0, slot, served.extend)
+            await self._fetcher.fetch(self._reader, flight)
         except MissError as miss:
             return miss.reason
         else:
-            assert sorted(served) == list(range(FORM.layers))
+            assert all(flight.landed)
             right = data_of(key)
-            assert slot.memory[FORM.header_bytes : FORM.raw_bytes] == right[FORM.header_bytes :]
+            assert flight.slot.memory[FORM.header_bytes : FORM.raw_bytes] == right[FORM.header_bytes :]
             return None
         finally:
-            slot.release()
+            flight.slot.release()
 
 
 def with_reader(
