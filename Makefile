@@ -8,6 +8,11 @@ BENCH_VENV := .cache/bench
 BENCH_STAMP := $(BENCH_VENV)/.installed
 BENCH_ALONE := read_path
 
+define CHECK_PYTHON
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "kvstore needs Python 3.11 or newer, $(PYTHON) is older; try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+endef
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test bench lint types clean
 
@@ -15,8 +20,7 @@ help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 $(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "kvstore needs Python 3.11 or newer, $(PYTHON) is older; try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(CHECK_PYTHON)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV) (once; about a minute, torch included)..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[transformers,dev]'
@@ -28,7 +32,8 @@ demo: $(STAMP) ## A model's KV cache goes through S3 and comes back (TEXT=file, 
 test: $(STAMP) ## Run the test suite
 	@$(BIN)/python -m pytest $(ARGS)
 
-$(BENCH_STAMP): $(STAMP) pyproject.toml constraints.txt
+$(BENCH_STAMP): pyproject.toml constraints.txt
+	$(CHECK_PYTHON)
 	@test -x $(BENCH_VENV)/bin/python || $(PYTHON) -m venv $(BENCH_VENV)
 	@echo "Installing into $(BENCH_VENV) (once)..."
 	@$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
@@ -36,7 +41,7 @@ $(BENCH_STAMP): $(STAMP) pyproject.toml constraints.txt
 
 bench: $(if $(filter $(BENCH_ALONE),$(NAME)),$(BENCH_STAMP),$(STAMP)) ## Run one benchmark: NAME=roundtrip; without NAME, lists them
 	@test -n '$(NAME)' || { echo "usage: make bench NAME=x [ARGS=--help], x one of:"; \
-		for file in $$(grep -l '^if __name__' benchmarks/*.py); do \
+		for file in $$(grep -l 'prog="make bench' benchmarks/*.py); do \
 			printf '  %-14s %s\n' "$$(basename $$file .py)" "$$(sed -n '1s/^"""//p' $$file)"; done; exit 2; }
 	@$(if $(filter $(BENCH_ALONE),$(NAME)),$(BENCH_VENV)/bin,$(BIN))/python -m benchmarks.$(NAME) $(ARGS)
 

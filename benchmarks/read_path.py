@@ -154,14 +154,14 @@ class Loads:
     def __init__(self, bucket: Path) -> None:
         form = ChunkForm(LAYOUT, LAYOUT.whole)
         self._pages = HostPages(form, CHUNKS)
-        # Memory for one of two chains that take turns, so each load evicts what the last one left.
+        # Memory for one of three chains that take turns: what a load leaves is evicted before its next turn.
         room_bytes = (CHUNKS + 1) * (form.raw_bytes + 4096)
         self._settings = load_settings(
             bucket=BUCKET, codec="none", prefix="kv", memory_bytes=room_bytes, upload_queue_bytes=room_bytes
         )
         self._chains: list[PrefixChain] = []
         with KVStore.open(LAYOUT, settings=self._settings, backend=FilesystemBackend(bucket)) as store:
-            for number in range(2):
+            for number in range(3):
                 namespace = Namespace("read_path", f"r{number}", LAYOUT, "none")
                 chain = store.chain(namespace, range(CHUNKS * LAYOUT.chunk_tokens))
                 for index in range(CHUNKS):
@@ -175,7 +175,11 @@ class Loads:
         with KVStore.open(LAYOUT, settings=self._settings, backend=ObjectsOnly(server.options)) as store:
             for chain in self._chains:  # makes the arena's memory resident
                 self._load(store, chain)
-            return _late_beside(lambda: [self._load(store, chain) for chain in self._chains], seconds)
+            late_ms = _late_beside(lambda: [self._load(store, chain) for chain in self._chains], seconds)
+            from_memory = store.metrics.value("kvstore_loaded_chunks_total", tier="memory")
+            if from_memory:
+                raise SystemExit(f"{from_memory:.0f} chunks were loaded from memory, not from the server")
+            return late_ms
 
     def _load(self, store: KVStore, chain: PrefixChain) -> None:
         result = store.load(chain, range(CHUNKS), self._pages, timeout_s=DEADLINE_S).wait()

@@ -12,7 +12,7 @@ import argparse
 import os
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -33,25 +33,26 @@ FORM = ChunkForm(LAYOUT, LAYOUT.whole)
 DEADLINE_S = 300.0
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="make bench NAME=roundtrip", description=__doc__)
     parser.add_argument("--chunks", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=5)
-    arguments = parser.parse_args()
+    parser.add_argument("--backends", nargs="*", choices=BACKENDS, default=list(BACKENDS))
+    options = parser.parse_args(arguments)
     with ExitStack() as stack:
         cases = [
-            Case(stack, name, make, codec, arguments.chunks)
-            for name, make in _backends(stack).items()
+            Case(stack, name, make, codec, options.chunks)
+            for name, make in [(name, BACKENDS[name](stack)) for name in options.backends]
             for codec in ("none", "zstd:1")
         ]
-        for round_ in range(arguments.rounds + 1):
-            say(f"round {round_} of {arguments.rounds}" if round_ else "warming up")
+        for round_ in range(options.rounds + 1):
+            say(f"round {round_} of {options.rounds}" if round_ else "warming up")
             for case in cases:
                 case.run(round_)
         rows = [case.row() for case in cases]
     _print_table(rows)
     print_result(
-        {"machine": machine(), "chunks": arguments.chunks, "chunk_bytes": FORM.raw_bytes, "cases": rows}
+        {"machine": machine(), "chunks": options.chunks, "chunk_bytes": FORM.raw_bytes, "cases": rows}
     )
 
 
@@ -104,9 +105,17 @@ class Case:
         return row
 
 
-def _backends(stack: ExitStack) -> dict[str, Callable[[], Backend]]:
+def _memory(_: ExitStack) -> Callable[[], Backend]:
     memory = MemoryBackend()
+    return lambda: memory
+
+
+def _filesystem(stack: ExitStack) -> Callable[[], Backend]:
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    return lambda: FilesystemBackend(folder)
+
+
+def _s3_moto(stack: ExitStack) -> Callable[[], Backend]:
     bucket = stack.enter_context(moto_bucket())
     os.environ.update({name: value for name, value in bucket.items() if name.startswith("AWS_")})
     options = S3Options(
@@ -114,11 +123,10 @@ def _backends(stack: ExitStack) -> dict[str, Callable[[], Backend]]:
         endpoint_url=bucket["KVSTORE_ENDPOINT_URL"],
         region=bucket["KVSTORE_REGION"],
     )
-    return {
-        "memory": lambda: memory,
-        "filesystem": lambda: FilesystemBackend(folder),
-        "s3-moto": lambda: S3Backend(options),
-    }
+    return lambda: S3Backend(options)
+
+
+BACKENDS = {"memory": _memory, "filesystem": _filesystem, "s3-moto": _s3_moto}
 
 
 def _print_table(rows: list[dict[str, str | float]]) -> None:
