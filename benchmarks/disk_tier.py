@@ -38,7 +38,6 @@ RANGE_BYTES = 8 << 20
 STEP_BYTES = 1 << 20
 WRITERS = 4
 READERS = 8
-ENTRIES = 1_000_000
 WAYS = ("direct", "buffered")
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -48,12 +47,13 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", default=None, help="a folder on the disk to measure")
+    parser.add_argument("--entries", type=int, default=1_000_000, help="chunks in the index")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         cases = asyncio.run(measure(Path(folder), arguments.chunks, arguments.rounds))
     rows = [row for case in cases for row in case.rows()]
     compare(rows)
-    index = measure_index()
+    index = measure_index(arguments.entries)
     print_table(rows, index)
     print_result(
         {
@@ -217,11 +217,11 @@ class Tier:
         await asyncio.gather(*(read(key, start) for key in self._keys for start in starts))
 
 
-def measure_index() -> dict[str, float]:
-    """What the policy takes for a million chunks, in prefixes of 64."""
+def measure_index(entries: int) -> dict[str, float]:
+    """What the policy takes for so many chunks, in prefixes of 64."""
     before = _resident_bytes()
-    policy: PrefixEviction[None] = PrefixEviction(ENTRIES)
-    names = [os.urandom(32) for _ in range(ENTRIES)]
+    policy: PrefixEviction[None] = PrefixEviction(entries)
+    names = [os.urandom(32) for _ in range(entries)]
     started_s = time.process_time()
     for number, name in enumerate(names):
         policy.add(name, names[number - 1] if number % 64 else b"", 1, None)
@@ -237,14 +237,14 @@ def measure_index() -> dict[str, float]:
         policy.touch(key.hash for key in keys)
         touches.append(time.perf_counter() - started_s)
     started_s = time.process_time()
-    for _ in range(ENTRIES // 2):
+    for _ in range(entries // 2):
         policy.pop_victim()
     return {
         "leading_4096_us": round(statistics.median(looks) * 1e6),
         "touch_4096_us": round(statistics.median(touches) * 1e6),
-        "index_bytes": round(index_bytes / ENTRIES),
-        "add_us": round(add_s / ENTRIES * 1e6, 2),
-        "evict_us": round((time.process_time() - started_s) / (ENTRIES // 2) * 1e6, 2),
+        "index_bytes": round(index_bytes / entries),
+        "add_us": round(add_s / entries * 1e6, 2),
+        "evict_us": round((time.process_time() - started_s) / (entries // 2) * 1e6, 2),
     }
 
 
@@ -280,7 +280,7 @@ def print_table(rows: list[dict[str, str | float]], index: dict[str, float]) -> 
             f"{row['case']:<16}{row['direction']:<11}{row['gbps']:>6}{row['gbps_vs_raw']:>8}"
             f"{row['cpu_s_per_gb']:>10}{row['cpu_vs_raw']:>8}{row['cached_share']:>8}"
         )
-    say(f"index of {ENTRIES} chunks: {index}")
+    say(f"index: {index}")
 
 
 def _files(root: Path) -> list[Path]:

@@ -22,6 +22,7 @@ SMALL = {
     "lookup": ["--rounds=1"],
     "layerwise": ["--tokens", "512", "--rounds=1", "--memory-mib=128"],
     "memory": ["--load-mib=640", "--memory-mib=128"],
+    "disk_tier": ["--chunks=1", "--rounds=1", "--entries=5000"],
 }
 FIELDS = {
     "roundtrip": {"machine", "chunks", "chunk_bytes", "cases"},
@@ -36,6 +37,15 @@ FIELDS = {
     },
     "layerwise": {"machine", "cases"},
     "memory": {"machine", "peak_rss_bytes"},
+    "disk_tier": {
+        "machine",
+        "cases",
+        "leading_4096_us",
+        "touch_4096_us",
+        "index_bytes",
+        "add_us",
+        "evict_us",
+    },
 }
 CASES = {
     "roundtrip": {"backend", "codec", "save_gbps", "load_gbps", "save_cpu_s_per_gb", "load_cpu_s_per_gb"},
@@ -47,6 +57,7 @@ CASES = {
         "vs_ideal",
         "vs_load_then_compute",
     },
+    "disk_tier": {"case", "direction", "gbps", "cpu_s_per_gb", "gbps_vs_raw", "cpu_vs_raw", "cached_share"},
 }
 
 
