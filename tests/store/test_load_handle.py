@@ -321,7 +321,7 @@ def test_the_deadline_also_ends_the_wait_for_memory(opened):
     gate = Gate()
     backend = ScriptedBackend(stored_chunks(CHAIN))
     store = opened(backend, memory_bytes=2 * 8192, fetch_concurrency=1)
-    arenas = store._parts.memory.arena, store._parts.reads.flights._route.fetcher.transit
+    arenas = store._parts.memory.arena, store._parts.reads.flights._tiers.fetcher.transit
     held = [arena.try_acquire() for arena in arenas for _ in range(arena.slots)]
     result = store.load(CHAIN, range(4), Pages(4), timeout_s=0.05).wait(PATIENCE_S)
     assert result.chunks == 0
@@ -477,7 +477,7 @@ def test_cancelled_at_any_moment_pages_are_right_and_no_slot_is_lost(opened, cod
         result = load.cancel()
         pages.assert_holds(range(result.chunks))
         assert_nothing_is_written_any_more(store, pages)
-        scratch = store._parts.reads.flights._route.fetcher.scratch
+        scratch = store._parts.reads.flights._tiers.fetcher.scratch
         settle(store)
         assert scratch.free == scratch.slots
         assert store._parts.memory.arena.free + len(store._parts.memory) == store._parts.memory.arena.slots
@@ -625,7 +625,7 @@ def test_a_chunk_no_longer_wanted_keeps_its_memory_until_its_decoder_is_done(ope
         gates[index].wait_arrivals()
         gates[index].open()
         settle(store)
-    arena, scratch = store._parts.memory.arena, store._parts.reads.flights._route.fetcher.scratch
+    arena, scratch = store._parts.memory.arena, store._parts.reads.flights._tiers.fetcher.scratch
     try:
         assert decoding.inside == 1
         assert arena.free == arena.slots - 1

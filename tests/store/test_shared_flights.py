@@ -189,7 +189,7 @@ def test_groups_follow_what_was_learned_of_the_link(opened, monkeypatch):
     limits = FetchLimits(first_bytes=2 * FORM.stride, group_bytes=10 * FORM.stride, worth_bytes=1, depth=1)
     monkeypatch.setattr(kvstore.assembly, "FetchLimits", lambda: limits)
     store = opened(backend)
-    link = store._parts.reads.flights._route.backend.link
+    link = store._parts.reads.flights._tiers.backend.link
     reads = {}
     for link_bytes in (None, 1.0):
         monkeypatch.setattr(type(link), "link_bytes", property(lambda _, known=link_bytes: known))
