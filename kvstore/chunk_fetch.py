@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -110,15 +110,22 @@ class ChunkFetcher:
         fetch = _Fetch(reader, target, name)
         await self._fetch_first(fetch, first_read_bytes(self.form, groups))
         missing = missing_groups(groups, target.arrived)
-        if len(missing) == 1:
-            await self._fetch_part(fetch, missing[0])
+        left = iter(missing)
+        width = min(len(missing), target.turn.width(reader.places))
+        if width <= 1:
+            await self._fetch_parts(fetch, left)
             return
         try:
             async with asyncio.TaskGroup() as tasks:
-                for layers in missing:
-                    tasks.create_task(self._fetch_part(fetch, layers))
+                for _ in range(width):
+                    tasks.create_task(self._fetch_parts(fetch, left))
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None
+
+    async def _fetch_parts(self, fetch: _Fetch, left: Iterator[range]) -> None:
+        """Read one group after the other, of those that `left`, which others share, still has."""
+        for layers in left:
+            await self._fetch_part(fetch, layers)
 
     async def _fetch_first(self, fetch: _Fetch, length: int) -> None:
         """Read the header and the layers behind it in one request."""

@@ -8,6 +8,9 @@ from collections import deque
 WINDOW = 128
 SAMPLES_MIN = 16
 LATE_PERCENTILE = 95
+# Past the slowest in twenty by so much: on a link that is full, some reads are always the slowest,
+# and sending them twice makes all slower.
+LATE_FACTOR = 1.5
 # Reads that differ in length by less than this do not tell latency from bandwidth.
 SPREAD_MIN = 0.25
 _TICK_S = 1e-9
@@ -43,10 +46,10 @@ class LinkEstimate:
         return self._latency_s / self._s_per_byte if self._told_apart else None
 
     def late_s(self, length: int) -> float | None:
-        """After how long a read of `length` bytes is later than 95 in 100 were. None: not known."""
+        """After how long a read of `length` bytes is far later than 95 in 100 were. None: not known."""
         if self._late_ratio is None:
             return None
-        return self._late_ratio * self._expected_s(length)
+        return LATE_FACTOR * self._late_ratio * self._expected_s(length)
 
     def _expected_s(self, length: int) -> float:
         return max(_TICK_S, self._latency_s + length * self._s_per_byte)

@@ -26,10 +26,20 @@ class Turn:
 
     began_s  when its load began, on the loop's clock
     order    its place among the chunks of the load
+    chunks   how many those are
     """
 
     began_s: float
     order: int
+    chunks: int
+
+    def width(self, reads: int) -> int:
+        """How many of the chunk's fetches may wait or run at once, where `reads` may run in all.
+
+        As many as keep all places taken. With more, the chunks that are ahead would take the
+        places of those whose earlier layers are still to come.
+        """
+        return -(-reads // self.chunks)
 
     def priority(self, layer: int, layers: int) -> Priority:
         """Of a fetch that begins with `layer` of `layers`."""

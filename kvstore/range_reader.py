@@ -60,6 +60,11 @@ class RangeReader:
         self._budget = HedgeBudget()
         self._meter = metrics.tier_reads(tier, lambda: self._gate.inside, lambda: self._gate.limit.value)
 
+    @property
+    def places(self) -> int:
+        """How many reads may run at once now."""
+        return self._gate.limit.value
+
     def place(self, priority: Priority) -> AbstractAsyncContextManager[None]:
         """Hold one of the places for reads for the length of a block; see FetchGate."""
         return self._gate.enter(priority)

@@ -121,7 +121,7 @@ class ChunkLoad:
         key = self._keys[wanted.index]
         slot = self._path.memory.get(key)
         if slot is None:
-            turn = Turn(began_s, wanted.index - self._span.start)
+            turn = Turn(began_s, wanted.index - self._span.start, len(self._span))
             wanted.flight = self._path.flights.join(key, turn, wanted)
         else:
             wanted.arrived(range(self._path.form.layers), SlotWindow(slot, 0))

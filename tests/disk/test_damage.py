@@ -67,7 +67,7 @@ class Reader:
 
     async def load(self, key: ChunkKey) -> MissReason | None:
         """Why the chunk is a miss; None: it was served, whole and right."""
-        flight = ChunkFlight(key, Turn(0.0, 0), FORM.layers)
+        flight = ChunkFlight(key, Turn(0.0, 0, 1), FORM.layers)
         flight.slot = await self._slots.acquire()
         try:
             await self._fetcher.fetch(self._reader, flight)

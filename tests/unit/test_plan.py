@@ -91,7 +91,7 @@ def test_what_is_missing_is_every_layer_that_is_not_here_once_in_order_within_it
 
 
 def test_within_a_load_layers_come_in_order_and_chunks_within_a_layer():
-    turns = [Turn(7.0, order) for order in range(3)]
+    turns = [Turn(7.0, order, 3) for order in range(3)]
     asked = [(turn.priority(layer, 4), layer, turn.order) for turn in turns for layer in range(4)]
     assert [(layer, order) for _, layer, order in sorted(asked)] == [
         (layer, order) for layer in range(4) for order in range(3)
@@ -99,6 +99,12 @@ def test_within_a_load_layers_come_in_order_and_chunks_within_a_layer():
 
 
 def test_a_later_load_s_first_layers_overtake_but_not_without_end():
-    last_layers = Turn(0.0, 0).priority(31, 32)
-    assert Turn(0.1, 0).priority(0, 32) < last_layers
-    assert Turn(HORIZON_S, 0).priority(0, 32) > last_layers
+    last_layers = Turn(0.0, 0, 1).priority(31, 32)
+    assert Turn(0.1, 0, 1).priority(0, 32) < last_layers
+    assert Turn(HORIZON_S, 0, 1).priority(0, 32) > last_layers
+
+
+@given(st.integers(1, 300), st.integers(1, 64))
+def test_all_chunks_together_ask_for_as_many_reads_as_may_run_and_hardly_more(chunks, reads):
+    asked = chunks * Turn(0.0, 0, chunks).width(reads)
+    assert reads <= asked < reads + chunks
