@@ -234,6 +234,7 @@ def test_a_disk_that_others_filled_is_used_again_when_it_has_room(tmp_path: Path
             assert events.drops[FillDrop.DISK_FULL] >= 1
             assert tier.chunks == 0
             (folder / "theirs").unlink()
+            await settled(tier)
             await look(tier)
             for number in range(20):
                 assert await put(tier, one_chunk(number))
