@@ -14,16 +14,16 @@ define CHECK_PYTHON
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint types clean
+.PHONY: help demo test test-integration s3-up s3-down bench lint types clean
 
 help: ## Show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 $(STAMP): pyproject.toml constraints.txt
 	$(CHECK_PYTHON)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "Installing into $(VENV) (once; about a minute, torch included)..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[transformers,dev]'
+	@echo "Installing into $(VENV) (once; about a minute, torch included)..." >&2
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[transformers,dev]' >&2
 	@touch $@
 
 demo: $(STAMP) ## A model's KV cache goes through S3 and comes back (TEXT=file, MODEL=folder)
@@ -31,6 +31,17 @@ demo: $(STAMP) ## A model's KV cache goes through S3 and comes back (TEXT=file, 
 
 test: $(STAMP) ## Run the test suite
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-integration: $(STAMP) ## The suite on Ceph RGW, LocalStack and moto, which it installs
+	@$(BIN)/python -m localstack install moto rgw localstack nginx
+	@$(BIN)/python -m pytest tests/integration $(ARGS)
+
+s3-up: $(STAMP) ## An S3 on this machine: eval "$(make -s s3-up KIND=moto|rgw|localstack|filesystem)"
+	@test -n '$(KIND)' || { echo "usage: make s3-up KIND=moto|rgw|localstack|filesystem [TLS=1]" >&2; exit 2; }
+	@$(BIN)/python -m localstack up '$(KIND)' $(if $(TLS),--tls)
+
+s3-down: $(STAMP) ## Stop it and remove what it holds (KIND=..., or all)
+	@$(BIN)/python -m localstack down $(KIND)
 
 $(BENCH_STAMP): pyproject.toml constraints.txt
 	$(CHECK_PYTHON)
@@ -51,5 +62,6 @@ lint: $(STAMP) ## Check style (ruff)
 types: $(STAMP) ## Check types (mypy strict)
 	@$(BIN)/mypy
 
-clean: ## Remove the virtual environment and caches
+clean: ## Stop stores, remove the virtual environment and caches
+	@if test -d .cache/s3; then $(BIN)/python -m localstack down; fi
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

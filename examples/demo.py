@@ -11,6 +11,7 @@ import asyncio
 import json
 import os
 import secrets
+import signal
 import subprocess
 import sys
 import tempfile
@@ -37,6 +38,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
     add_task_arguments(parser)
     arguments = parser.parse_args()
+    # As Ctrl-C does: what was started is stopped, and what was put into the user's bucket removed.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     console = Console()
     try:
         _check_bucket()
@@ -146,4 +149,7 @@ def _verdict(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)

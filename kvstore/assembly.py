@@ -13,7 +13,7 @@ from kvstore.arena import Arena, whole_pages
 from kvstore.backends.contract import Backend
 from kvstore.backends.metered import MeteredBackend
 from kvstore.chunk_fetch import ChunkFetcher
-from kvstore.chunk_flight import ChunkFlights, DiskSource, Route
+from kvstore.chunk_flight import ChunkFlights, DiskSource, ReadTiers
 from kvstore.chunk_writer import ChunkWriter
 from kvstore.codecs.registry import parse_codec
 from kvstore.disk_tier import DiskTier
@@ -171,7 +171,7 @@ class Assembler:
 
     def _read_path(self, backend: MeteredBackend, loop: EventLoopThread) -> ReadPath:
         disk = self._disk
-        route = Route(
+        tiers = ReadTiers(
             memory=self._memory,
             disk=None if disk is None else DiskSource(disk, self._disk_reader(disk)),
             presence=self._presence,
@@ -190,7 +190,7 @@ class Assembler:
             form=self._form,
             memory=self._memory,
             disk=disk,
-            flights=ChunkFlights(route),
+            flights=ChunkFlights(tiers),
             presence=self._presence,
             metrics=self._metrics,
             loop=loop,

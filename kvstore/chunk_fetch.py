@@ -16,11 +16,11 @@ from kvstore.errors import MissError, MissReason
 from kvstore.event_loop import EventLoopThread
 from kvstore.keys import ChunkKey, object_name
 from kvstore.layout import ChunkForm
-from kvstore.plan import FetchLimits, first_read_bytes, layer_groups, missing_groups
+from kvstore.plan import FetchLimits, Priority, Turn, first_read_bytes, layer_groups, missing_groups
 from kvstore.range_reader import RangeReader
 
 
-class Berth(NamedTuple):
+class SlotWindow(NamedTuple):
     """Memory in which part of a chunk lies as in the raw stored form: byte `start` of it comes first."""
 
     slot: Slot
@@ -31,15 +31,8 @@ class Berth(NamedTuple):
         return self.slot.memory[start - self.start : stop - self.start]
 
 
-class Landing(Protocol):
-    """Where a chunk comes down.
-
-    order   place among the chunks of a load, for the layer-major order
-    slot    takes the whole raw stored form: header room, then host form. None: memory is short,
-            and each read gets a berth of its own that is gone when `land` has returned
-    landed  by layer: whether it has come, verified and in host form, and is not to be written again
-    header  that of the object which layers came from, once one has
-    """
+class FetchTarget(Protocol):
+    """Where a chunk is fetched to."""
 
     @property
     def key(self) -> ChunkKey:
@@ -47,28 +40,33 @@ class Landing(Protocol):
         ...
 
     @property
-    def order(self) -> int:
-        """See above."""
+    def turn(self) -> Turn:
+        """Orders its reads among those of all loads."""
         ...
 
     @property
     def slot(self) -> Slot | None:
-        """See above."""
+        """Takes the whole raw stored form: header room, then host form.
+
+        None: memory is short, and each read gets a window of its own, which is gone when `arrive`
+        has returned.
+        """
         ...
 
     @property
-    def landed(self) -> Sequence[bool]:
-        """See above."""
+    def arrived(self) -> Sequence[bool]:
+        """By layer: whether it has come, verified and in host form, and is not to be written again."""
         ...
 
+    # Of the object that layers came from, once one has.
     header: ChunkHeader | None
 
     def begin_copy(self, object_bytes: int) -> StoredCopy | None:
         """Whoever wants the object's bytes as they are verified; asked once its header is known."""
         ...
 
-    def land(self, layers: range, berth: Berth) -> None:
-        """Take note that these layers, none of which had landed, lie in `berth`.
+    def arrive(self, layers: range, window: SlotWindow) -> None:
+        """Take note that these layers, none of which had arrived, lie in `window`.
 
         Retain its slot to keep them.
         """
@@ -100,18 +98,18 @@ class ChunkFetcher:
     scratch: Arena
     transit: Arena
 
-    async def fetch(self, reader: RangeReader, landing: Landing) -> None:
-        """Bring what has not landed of the chunk, in layer order, from the reader's tier.
+    async def fetch(self, reader: RangeReader, target: FetchTarget) -> None:
+        """Bring what has not arrived of the chunk, in layer order, from the reader's tier.
 
         Raises MissError for anything that cannot be trusted, RetryableError and
         MisconfiguredError as the tier does. When it has ended, cancelled too, nothing writes to
         a slot any more.
         """
-        name = object_name(reader.prefix, landing.key, self.form.shard)
+        name = object_name(reader.prefix, target.key, self.form.shard)
         groups = layer_groups(self.form, self.limits, reader.link.link_bytes)
-        fetch = _Fetch(reader, landing, name)
+        fetch = _Fetch(reader, target, name)
         await self._fetch_first(fetch, first_read_bytes(self.form, groups))
-        missing = missing_groups(groups, landing.landed)
+        missing = missing_groups(groups, target.arrived)
         if len(missing) == 1:
             await self._fetch_part(fetch, missing[0])
             return
@@ -124,52 +122,52 @@ class ChunkFetcher:
 
     async def _fetch_first(self, fetch: _Fetch, length: int) -> None:
         """Read the header and the layers behind it in one request."""
-        landing = fetch.landing
+        target = fetch.target
         async with AsyncExitStack() as held:
-            async with fetch.reader.turn((0, landing.order)):
-                berth = await held.enter_async_context(self._berth(landing, 0))
-                # What has landed in a slot is not to be written again.
-                direct = landing.slot is None or not any(landing.landed)
-                memory = berth.slot.memory if direct else await held.enter_async_context(self._scratch())
+            async with fetch.reader.place(self._priority(target, 0)):
+                window = await held.enter_async_context(self._window(target, 0))
+                # What has arrived in a slot is not to be written again.
+                direct = target.slot is None or not any(target.arrived)
+                memory = window.slot.memory if direct else await held.enter_async_context(self._scratch())
                 stored = memory[:length]
                 answer = await self._read(fetch, 0, stored)
             here = self._open(fetch, stored, answer)
             stored = stored[: fetch.header.extents[here.stop - 1].stop]
             if direct and not self._in_place(fetch.header, here):
-                # It landed where it must be decoded to, before anyone could know.
+                # It arrived where it must be decoded to, before anyone could know.
                 scratch = (await held.enter_async_context(self._scratch()))[: len(stored)]
                 scratch[:] = stored
                 stored, direct = scratch, False
-            await self._land(fetch, _Part(here, stored, 0), berth, in_place=direct)
+            await self._arrive(fetch, _Part(here, stored, 0), window, in_place=direct)
 
     def _open(self, fetch: _Fetch, stored: memoryview, answer: ReadResult) -> range:
         """Check the header that `stored` begins with; the layers that are there whole."""
-        landing = fetch.landing
+        target = fetch.target
         header = decode_header(stored[: answer.length])
-        check_header(header, self.form, landing.key, answer.object_bytes)
-        if landing.header not in (None, header):
+        check_header(header, self.form, target.key, answer.object_bytes)
+        if target.header not in (None, header):
             raise MissError(MissReason.CHANGED, f"object {fetch.name} is not the one seen before")
         here = range(sum(extent.stop <= answer.length for extent in header.extents))
         if not here:
             raise MissError(
                 MissReason.TRUNCATED, f"object {fetch.name}: a read of {len(stored)} got {answer.length}"
             )
-        landing.header = fetch.header = header
-        fetch.copy = landing.begin_copy(header.object_bytes)
+        target.header = fetch.header = header
+        fetch.copy = target.begin_copy(header.object_bytes)
         fetch.etag = answer.etag
         return here
 
     async def _fetch_part(self, fetch: _Fetch, layers: range) -> None:
         """Read consecutive sections in one request."""
-        extents, landing = fetch.header.extents, fetch.landing
+        extents, target = fetch.header.extents, fetch.target
         start, stop = extents[layers.start].start, extents[layers.stop - 1].stop
         in_place = self._in_place(fetch.header, layers)
         async with AsyncExitStack() as held:
-            async with fetch.reader.turn((layers.start, landing.order)):
+            async with fetch.reader.place(self._priority(target, layers.start)):
                 # Not before: whoever holds memory must not wait for its turn behind others.
-                berth = await held.enter_async_context(self._berth(landing, self._slot_offset(layers.start)))
+                window = await held.enter_async_context(self._window(target, self._slot_offset(layers.start)))
                 stored = (
-                    berth.view(start, stop)
+                    window.view(start, stop)
                     if in_place
                     else (await held.enter_async_context(self._scratch()))[: stop - start]
                 )
@@ -178,7 +176,7 @@ class ChunkFetcher:
                 raise MissError(
                     MissReason.TRUNCATED, f"object {fetch.name}: a read of {len(stored)} got {answer.length}"
                 )
-            await self._land(fetch, _Part(layers, stored, start), berth, in_place=in_place)
+            await self._arrive(fetch, _Part(layers, stored, start), window, in_place=in_place)
 
     async def _read(self, fetch: _Fetch, offset: int, out: memoryview) -> ReadResult:
         answer = await fetch.reader.read(fetch.name, offset, out, etag=fetch.etag)
@@ -188,22 +186,22 @@ class ChunkFetcher:
             raise MissError(MissReason.CHANGED, f"object {fetch.name} was replaced while it was read")
         return answer
 
-    async def _land(self, fetch: _Fetch, part: _Part, berth: Berth, *, in_place: bool) -> None:
+    async def _arrive(self, fetch: _Fetch, part: _Part, window: SlotWindow, *, in_place: bool) -> None:
         """Verify sections, put those that are not in place there, and say that they have come."""
-        await self.loop.work(self._verify, fetch, part, None if in_place else berth)
-        for layers in missing_groups([part.layers], fetch.landing.landed):
-            fetch.landing.land(layers, berth)
+        await self.loop.work(self._verify, fetch, part, None if in_place else window)
+        for layers in missing_groups([part.layers], fetch.target.arrived):
+            fetch.target.arrive(layers, window)
         if fetch.copy is not None and not await fetch.copy.write(part.first_byte, [part.stored]):
             fetch.copy = None
 
     @asynccontextmanager
-    async def _berth(self, landing: Landing, start: int) -> AsyncIterator[Berth]:
-        if landing.slot is not None:
-            yield Berth(landing.slot, 0)
+    async def _window(self, target: FetchTarget, start: int) -> AsyncIterator[SlotWindow]:
+        if target.slot is not None:
+            yield SlotWindow(target.slot, 0)
             return
         slot = await self.transit.acquire()
         try:
-            yield Berth(slot, start)
+            yield SlotWindow(slot, start)
         finally:
             slot.release()
 
@@ -223,17 +221,20 @@ class ChunkFetcher:
             for layer in layers
         )
 
+    def _priority(self, target: FetchTarget, layer: int) -> Priority:
+        return target.turn.priority(layer, self.form.layers)
+
     def _slot_offset(self, layer: int) -> int:
         return self.form.header_bytes + layer * self.form.stride
 
-    def _verify(self, fetch: _Fetch, part: _Part, into: Berth | None) -> None:
-        """Compare checksums. With `into`, what has not landed is then decoded to its place there."""
+    def _verify(self, fetch: _Fetch, part: _Part, into: SlotWindow | None) -> None:
+        """Compare checksums. With `into`, what has not arrived is then decoded to its place there."""
         header = fetch.header
         for layer in part.layers:
             section, extent = header.sections[layer], header.extents[layer]
             data = part.stored[extent.start - part.first_byte : extent.stop - part.first_byte]
             verify_section(section, data)
-            if into is None or fetch.landing.landed[layer]:
+            if into is None or fetch.target.arrived[layer]:
                 continue
             start = self._slot_offset(layer)
             place = into.view(start, start + self.form.stride)
@@ -252,7 +253,7 @@ class _Fetch:
     """One chunk on its way from one tier; `header` and `etag` are known once the first read is done."""
 
     reader: RangeReader
-    landing: Landing
+    target: FetchTarget
     name: str
     copy: StoredCopy | None = None
     etag: str | None = None

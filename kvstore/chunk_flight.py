@@ -8,74 +8,75 @@ from typing import Protocol
 
 from kvstore.arena import Slot
 from kvstore.chunk import ChunkHeader
-from kvstore.chunk_fetch import Berth, ChunkFetcher, StoredCopy
+from kvstore.chunk_fetch import ChunkFetcher, SlotWindow, StoredCopy
 from kvstore.disk_fill import DiskFill
 from kvstore.disk_tier import DiskTier
 from kvstore.errors import KVStoreError, MissError
 from kvstore.keys import ChunkKey
 from kvstore.memory_tier import MemoryTier
 from kvstore.metrics import Metrics
+from kvstore.plan import Turn
 from kvstore.presence import DAMAGE, Presence
 from kvstore.range_reader import RangeReader
 
 
-class Rider(Protocol):
+class Waiter(Protocol):
     """A load that waits for a chunk. Called on the store's loop."""
 
-    def landed(self, layers: range, berth: Berth) -> None:
-        """These layers of the chunk lie verified in `berth`; retain its slot to keep them."""
+    def arrived(self, layers: range, window: SlotWindow) -> None:
+        """These layers of the chunk lie verified in `window`; retain its slot to keep them."""
         ...
 
     def ended(self, error: Exception | None) -> None:
-        """Everything has landed, or nothing more will because of `error`."""
+        """Everything has arrived, or nothing more will because of `error`."""
         ...
 
 
 class ChunkFlight:
-    """One chunk on its way. See `Landing` for what a fetcher makes of it.
+    """One chunk on its way. See `FetchTarget` for what a fetcher makes of it.
 
-    tier  where it comes from; known when the first layers have landed
+    tier  where it comes from; known when the first layers have arrived
     """
 
-    def __init__(self, key: ChunkKey, order: int, layers: int) -> None:
+    def __init__(self, key: ChunkKey, turn: Turn, layers: int) -> None:
         self.key = key
-        self.order = order
+        self.turn = turn
         self.slot: Slot | None = None
-        self.landed = [False] * layers
+        self.arrived = [False] * layers
         self.header: ChunkHeader | None = None
         self.tier = ""
-        self.riders: list[Rider] = []
+        self.waiters: list[Waiter] = []
         self.task: asyncio.Task[None] | None = None
         self.copies_to: DiskTier | None = None
         self.copy: DiskFill | None = None
 
     @property
     def open(self) -> bool:
-        """Whether riders may still board: all that has landed can be had from the slot."""
-        return self.slot is not None or not any(self.landed)
+        """Whether waiters may still join: all that has arrived can be had from the slot."""
+        return self.slot is not None or not any(self.arrived)
 
     def begin_copy(self, object_bytes: int) -> StoredCopy | None:
-        """See Landing."""
+        """See FetchTarget."""
         if self.copies_to is not None:
             self.copy = self.copies_to.begin(self.key, object_bytes)
         return self.copy
 
-    def land(self, layers: range, berth: Berth) -> None:
-        """Tell every rider that these layers have come."""
+    def arrive(self, layers: range, window: SlotWindow) -> None:
+        """Tell every waiter that these layers have come."""
         for layer in layers:
-            # Riders count layers: one that came twice would make up for one that never came.
-            assert not self.landed[layer], "a layer has landed twice"
-            self.landed[layer] = True
-        for rider in tuple(self.riders):
-            rider.landed(layers, berth)
+            # Waiters count layers: one that came twice would make up for one that never came.
+            assert not self.arrived[layer], "a layer has arrived twice"
+            self.arrived[layer] = True
+        for waiter in tuple(self.waiters):
+            waiter.arrived(layers, window)
 
-    def board(self, rider: Rider) -> None:
-        """Let one more rider know what has landed, and what will."""
-        self.riders.append(rider)
+    def join(self, waiter: Waiter) -> None:
+        """Let one more waiter know what has arrived, and what will."""
+        self.waiters.append(waiter)
         if self.slot is not None:
-            for layer, here in enumerate(self.landed):
+            for layer, here in enumerate(self.arrived):
                 if here:
-                    rider.landed(range(layer, layer + 1), Berth(self.slot, 0))
+                    waiter.arrived(range(layer, layer + 1), SlotWindow(self.slot, 0))
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class DiskSource:
 
 
 @dataclass(frozen=True)
-class Route:
+class ReadTiers:
     """Where flights come from and go to. What comes from the backend is copied to the disk tier."""
 
     memory: MemoryTier
@@ -106,27 +107,27 @@ class ChunkFlights:
     not kept. So an arena smaller than a load neither stops it nor breaks its layer order.
     """
 
-    def __init__(self, route: Route) -> None:
-        self._route = route
+    def __init__(self, tiers: ReadTiers) -> None:
+        self._tiers = tiers
         self._under_way: dict[bytes, ChunkFlight] = {}
 
-    def board(self, key: ChunkKey, order: int, rider: Rider) -> ChunkFlight:
+    def join(self, key: ChunkKey, turn: Turn, waiter: Waiter) -> ChunkFlight:
         """Wait for a chunk, with those who wait for it already if there are any.
 
-        `rider` may be told of layers before this returns. It must `leave` if it loses interest.
+        `waiter` may be told of layers before this returns. It must `leave` if it loses interest.
         """
         flight = self._under_way.get(key.hash)
         if flight is None or not flight.open:
-            flight = ChunkFlight(key, order, self._route.fetcher.form.layers)
+            flight = ChunkFlight(key, turn, self._tiers.fetcher.form.layers)
             self._under_way[key.hash] = flight
-            flight.task = asyncio.create_task(self._fly(flight))
-        flight.board(rider)
+            flight.task = asyncio.create_task(self._run(flight))
+        flight.join(waiter)
         return flight
 
-    def leave(self, flight: ChunkFlight, rider: Rider) -> asyncio.Task[None] | None:
+    def leave(self, flight: ChunkFlight, waiter: Waiter) -> asyncio.Task[None] | None:
         """Not wait any longer. The last one to leave ends the flight: its task, to be waited for."""
-        flight.riders.remove(rider)
-        if flight.riders or all(flight.landed):
+        flight.waiters.remove(waiter)
+        if flight.waiters or all(flight.arrived):
             return None
         self._forget(flight)
         assert flight.task is not None
@@ -137,34 +138,34 @@ class ChunkFlights:
         if self._under_way.get(flight.key.hash) is flight:
             del self._under_way[flight.key.hash]
 
-    async def _fly(self, flight: ChunkFlight) -> None:
+    async def _run(self, flight: ChunkFlight) -> None:
         error: Exception | None = None
-        flight.slot = self._route.memory.arena.try_acquire()
+        flight.slot = self._tiers.memory.arena.try_acquire()
         try:
             await self._fetch(flight)
             if flight.slot is not None:
-                self._route.memory.admit(flight.key, flight.slot)
+                self._tiers.memory.admit(flight.key, flight.slot)
         except Exception as failure:
             error = failure
         finally:
             self._forget(flight)
             if flight.slot is not None:
                 flight.slot.release()
-            if flight.copy is not None and not all(flight.landed):
+            if flight.copy is not None and (error is not None or not all(flight.arrived)):
                 flight.copy.abandon()
-        for rider in tuple(flight.riders):
-            rider.ended(error)
+        for waiter in tuple(flight.waiters):
+            waiter.ended(error)
         if flight.copy is not None and error is None:
             await flight.copy.commit()
 
     async def _fetch(self, flight: ChunkFlight) -> None:
-        disk = self._route.disk
+        disk = self._tiers.disk
         if disk is not None and flight.key in disk.tier and await self._fetched_from_disk(flight, disk):
             return
-        # A copy needs the whole object; what has landed already will not come again.
-        flight.copies_to = None if disk is None or any(flight.landed) else disk.tier
-        await self._fetch_from(flight, self._route.backend)
-        self._route.presence.note_stored(flight.key)
+        # A copy needs the whole object; what has arrived already will not come again.
+        flight.copies_to = None if disk is None or any(flight.arrived) else disk.tier
+        await self._fetch_from(flight, self._tiers.backend)
+        self._tiers.presence.note_stored(flight.key)
 
     async def _fetched_from_disk(self, flight: ChunkFlight, disk: DiskSource) -> bool:
         try:
@@ -181,8 +182,8 @@ class ChunkFlights:
     async def _fetch_from(self, flight: ChunkFlight, reader: RangeReader) -> None:
         flight.tier = reader.tier
         try:
-            await self._route.fetcher.fetch(reader, flight)
+            await self._tiers.fetcher.fetch(reader, flight)
         except MissError as miss:
             if miss.reason in DAMAGE:
-                self._route.metrics.corrupt_chunks.labels(reader.tier, miss.reason.value).inc()
+                self._tiers.metrics.corrupt_chunks.labels(reader.tier, miss.reason.value).inc()
             raise

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import contextlib
 import os
 import threading
 from collections.abc import Callable, Coroutine
@@ -14,6 +13,7 @@ from kvstore.backends.blocking import BlockingCalls, Caller
 from kvstore.errors import StoreClosedError
 
 T = TypeVar("T")
+_ENGINE_CALLS = 16
 FORKED = "the store was opened in another process; after a fork, open one of the child's own"
 _CLOSED = "the store is closed; open another with KVStore.open"
 
@@ -29,6 +29,7 @@ class EventLoopThread:
     def __init__(self, workers: int) -> None:
         self._loop = asyncio.new_event_loop()
         self._workers = BlockingCalls(workers, "kvstore-worker")
+        self._engine = BlockingCalls(_ENGINE_CALLS, "kvstore-engine")
         self._submitting = threading.Lock()
         self._closed = False
         self._process = os.getpid()
@@ -76,12 +77,11 @@ class EventLoopThread:
         A cancelled caller still waits for the function to end: it may be writing to memory that
         the caller is about to give back.
         """
+        return await self._workers.run(_holding_buffers(function, arguments))
 
-        def run(caller: Caller) -> T:
-            with caller.buffers():
-                return function(*arguments)
-
-        return await self._workers.run(run)
+    async def call_engine(self, function: Callable[..., T], *arguments: Any) -> T:
+        """As `work`, for code that is not the store's and may take its time, or hang."""
+        return await self._engine.run(_holding_buffers(function, arguments))
 
     def close(self, last: Coroutine[Any, Any, None]) -> None:
         """Cancel what still runs and wait for it, run `last`, and end the threads."""
@@ -100,10 +100,26 @@ class EventLoopThread:
         await asyncio.gather(*others, return_exceptions=True)
         await last
         await self._workers.close()
+        await self._engine.close()
 
 
-async def to_its_end(future: asyncio.Future[Any]) -> None:
-    """Wait for `future`, however often the waiting task is cancelled."""
+def _holding_buffers(function: Callable[..., T], arguments: tuple[Any, ...]) -> Callable[[Caller], T]:
+    def run(caller: Caller) -> T:
+        with caller.buffers():
+            return function(*arguments)
+
+    return run
+
+
+async def to_its_end(future: asyncio.Future[Any]) -> bool:
+    """Wait for `future`, however often the waiting task is cancelled; whether it was.
+
+    Whoever goes on afterwards must end as cancelled then.
+    """
+    cancelled = False
     while not future.done():
-        with contextlib.suppress(asyncio.CancelledError):
+        try:
             await asyncio.wait([future])
+        except asyncio.CancelledError:
+            cancelled = True
+    return cancelled

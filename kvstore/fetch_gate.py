@@ -8,6 +8,8 @@ import itertools
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from kvstore.plan import Priority
+
 START = 32
 _SHRINK = 0.5
 
@@ -53,20 +55,16 @@ class ConcurrencyLimit:
 
 
 class FetchGate:
-    """A semaphore of adaptive size whose waiters enter by priority, then in order of arrival.
-
-    Priority is (layer, chunk), lowest first: layer-major, so layer 0 of every chunk is asked
-    for before layer 1 of any.
-    """
+    """A semaphore of adaptive size; waiters enter by priority, lowest first, then in order of arrival."""
 
     def __init__(self, limit: ConcurrencyLimit) -> None:
         self.limit = limit
         self.inside = 0
-        self._waiting: list[tuple[tuple[int, int], int, asyncio.Future[None]]] = []
+        self._waiting: list[tuple[Priority, int, asyncio.Future[None]]] = []
         self._arrivals = itertools.count()
 
     @asynccontextmanager
-    async def enter(self, priority: tuple[int, int]) -> AsyncIterator[None]:
+    async def enter(self, priority: Priority) -> AsyncIterator[None]:
         """Hold a place for the length of the block."""
         if self.inside < self.limit.value:
             self.inside += 1
@@ -77,7 +75,7 @@ class FetchGate:
         finally:
             self._leave()
 
-    async def _wait(self, priority: tuple[int, int]) -> None:
+    async def _wait(self, priority: Priority) -> None:
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         heapq.heappush(self._waiting, (priority, next(self._arrivals), turn))
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
@@ -9,7 +10,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
 
-from kvstore.errors import MissReason
+from kvstore.errors import MissReason, StoreClosedError
+from kvstore.event_loop import FORKED
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class LoadResult:
 
 
 class LoadHandle:
-    """A load under way. Every method may be called from any thread.
+    """A load under way. Every method may be called from any thread, of the process that loads.
 
     Pages of chunks that a result does not count may hold anything. Once `wait` or `cancel` has
     returned, nothing writes to pages any more.
@@ -56,6 +58,7 @@ class LoadHandle:
         self._done = False
         self._cancel = cancel
         self._late = late
+        self._process = os.getpid()
 
     @property
     def span(self) -> range:
@@ -68,6 +71,7 @@ class LoadHandle:
         Fewer than the span holds means that later chunks failed: their tokens must be recomputed.
         The count never grows from one call to the next. Raises TimeoutError.
         """
+        self._check_process()
         if not 0 <= layer < self._layers:
             raise IndexError(f"layer {layer} of a load with {self._layers} layers")
         with self._changed:
@@ -79,6 +83,7 @@ class LoadHandle:
 
     def wait(self, timeout_s: float | None = None) -> LoadResult:
         """Wait until every layer of every chunk is in pages or has failed. Raises TimeoutError."""
+        self._check_process()
         with self._changed:
             if not self._changed.wait_for(lambda: self._done, timeout_s):
                 raise TimeoutError(f"the load has not ended within {timeout_s} s")
@@ -86,8 +91,13 @@ class LoadHandle:
 
     def cancel(self) -> LoadResult:
         """Stop the load and wait until nothing writes to pages any more. Safe to repeat."""
+        self._check_process()
         self._cancel()
         return self.wait()
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:
+            raise StoreClosedError(FORKED)
 
     def _set_layers_ready(self, count: int) -> None:
         """Layers [0, count) are in pages for every chunk that has not failed."""
@@ -95,11 +105,14 @@ class LoadHandle:
             self._layers_ready = count
             self._changed.notify_all()
 
-    def _fail(self, index: int, reason: MissReason) -> None:
-        """Chunk `index` will not arrive; nor will those behind it be of use."""
+    def _fail(self, index: int, reason: MissReason) -> bool:
+        """Chunk `index` will not arrive; nor will those behind it be of use. False: that was known."""
         with self._changed:
-            self._failures.setdefault(index, reason)
+            if index in self._failures:
+                return False
+            self._failures[index] = reason
             self._leading = min(self._leading, index - self._span.start)
+            return True
 
     def _finish(self) -> None:
         with self._changed:

@@ -114,10 +114,13 @@ class HedgedRead:
         return answer
 
     async def _tidy_up(self) -> None:
+        cancelled = False
         if self._second is not None:
             self._second.cancel()
-            await to_its_end(self._second)
+            cancelled = await to_its_end(self._second)
             if not self._second.cancelled():
                 self._second.exception()  # looked at, or asyncio would report it as lost
         if self._slot is not None:
             self._slot.release()
+        if cancelled:
+            raise asyncio.CancelledError

@@ -1,8 +1,9 @@
 """Which byte ranges to fetch, in which order. Pure.
 
-The order over all chunks of a load is layer-major: a fetch's priority is (its first layer, the
-chunk's place in the load), lowest first, so layer 0 of every chunk is asked for before layer 1 of
-any. `layer_groups` is what one chunk is cut into.
+The order over all chunks of a load is layer-major: layer 0 of every chunk is asked for before layer
+1 of any. Between loads, what is due first goes first: a load's last layers are due HORIZON_S after
+its first ones, so a later load's first layers overtake them, yet not without end.
+`layer_groups` is what one chunk is cut into.
 """
 
 from __future__ import annotations
@@ -11,6 +12,28 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from kvstore.layout import ChunkForm
+
+# About how long an engine takes to get through the layers of a prompt.
+HORIZON_S = 0.5
+
+# When a fetch is due, and its chunk's place in the load; the lowest goes first.
+Priority = tuple[float, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """When a chunk's fetches shall have their turn.
+
+    began_s  when its load began, on the loop's clock
+    order    its place among the chunks of the load
+    """
+
+    began_s: float
+    order: int
+
+    def priority(self, layer: int, layers: int) -> Priority:
+        """Of a fetch that begins with `layer` of `layers`."""
+        return self.began_s + HORIZON_S * layer / layers, self.order
 
 
 @dataclass(frozen=True, slots=True)

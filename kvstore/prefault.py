@@ -5,9 +5,11 @@ A first touch costs four times a copy, so it is done ahead, in the background.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import threading
+from pathlib import Path
 
 from kvstore.kernels.page_lock import Unlock, page_lock
 
@@ -37,11 +39,43 @@ class Prefault:
             self._unlock = None
 
     def _run(self) -> None:
+        room = available_bytes()
+        if room is not None and len(self._memory) > room:
+            _log.warning(
+                "KVSTORE_MEMORY_BYTES takes %d bytes and this machine or container has %d left; "
+                "set it to less, or the system may end the engine when they are used",
+                len(self._memory),
+                room,
+            )
+            return
         if populate(self._memory, self._stop) and not self._stop.is_set():
             try:
                 self._unlock = page_lock(self._memory)
             except Exception as error:
                 _log.warning("host memory could not be page-locked, copies to the GPU are slower: %r", error)
+
+
+def available_bytes() -> int | None:
+    """What memory the system and the process's control group have left. None: they do not tell."""
+    rooms = [_meminfo_available(), _cgroup_available()]
+    return min((room for room in rooms if room is not None), default=None)
+
+
+def _meminfo_available() -> int | None:
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def _cgroup_available() -> int | None:
+    # Version 2, as a container sees it: its own group is the root of what it sees.
+    with contextlib.suppress(OSError, ValueError):
+        most = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        if most != "max":
+            return int(most) - int(Path("/sys/fs/cgroup/memory.current").read_text())
+    return None
 
 
 def populate(memory: memoryview, stop: threading.Event) -> bool:

@@ -14,6 +14,7 @@ from kvstore.fetch_gate import ConcurrencyLimit, FetchGate
 from kvstore.hedged_read import Answer, HedgeBudget, HedgedRead
 from kvstore.link_estimate import LinkEstimate
 from kvstore.metrics import Metrics
+from kvstore.plan import Priority
 from kvstore.retries import retried
 
 # Below this a second request costs more than the wait it may save.
@@ -59,12 +60,12 @@ class RangeReader:
         self._budget = HedgeBudget()
         self._meter = metrics.tier_reads(tier, lambda: self._gate.inside, lambda: self._gate.limit.value)
 
-    def turn(self, priority: tuple[int, int]) -> AbstractAsyncContextManager[None]:
+    def place(self, priority: Priority) -> AbstractAsyncContextManager[None]:
         """Hold one of the places for reads for the length of a block; see FetchGate."""
         return self._gate.enter(priority)
 
     async def read(self, name: str, offset: int, out: memoryview, *, etag: str | None) -> Answer:
-        """Fill `out` as Backend.read_into does, with its errors. Take a `turn` first."""
+        """Fill `out` as Backend.read_into does, with its errors. Take a `place` first."""
         if self._scratch is None:
             return await self._read_once(name, offset, out, etag)
         return await retried(lambda: self._read_once(name, offset, out, etag), self._meter.retries.inc)
@@ -101,4 +102,8 @@ class RangeReader:
 
     def _lend(self) -> Slot | None:
         assert self._scratch is not None
-        return self._scratch.try_acquire() if self._budget.spend() else None
+        slot = self._scratch.try_acquire()
+        if slot is not None and not self._budget.spend():
+            slot.release()
+            return None
+        return slot

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvstore.chunk_fetch import Berth
+from kvstore.chunk_fetch import SlotWindow
 from kvstore.chunk_flight import ChunkFlight, ChunkFlights
 from kvstore.disk_tier import DiskTier
 from kvstore.errors import KVStoreError, MissError, MissReason
@@ -19,6 +19,7 @@ from kvstore.layout import ChunkForm
 from kvstore.memory_tier import MemoryTier
 from kvstore.metrics import Metrics
 from kvstore.pages import PageSink
+from kvstore.plan import Turn
 from kvstore.presence import Presence
 from kvstore.warn import BACKEND_TROUBLE, WarnRarely
 
@@ -43,7 +44,7 @@ class ReadPath:
 class ChunkLoad:
     """One load: `keys[i]` for i in `span`, into `sink`. Runs on the store's loop.
 
-    Holds the memory of what has landed until it is in pages. Sections that are there go to pages
+    Holds the memory of what has arrived until it is in pages. Sections that are there go to pages
     lowest layer first, all chunks of a layer in one call of the sink.
     """
 
@@ -57,13 +58,13 @@ class ChunkLoad:
         self._cancelled = False
         # Chunks at or past this index are of no use any more: one before them is missing.
         self._limit = span.stop
-        self._seats = {index: _Seat(self, index, path.form.layers) for index in span}
+        self._wanted = {index: _WantedChunk(self, index, path.form.layers) for index in span}
         self._chunks_left = [set(span) for _ in range(path.form.layers)]
         self._layers_ready = 0
-        self._arrived: dict[int, dict[int, _Parcel]] = defaultdict(dict)
+        self._arrived: dict[int, dict[int, _HeldLayers]] = defaultdict(dict)
         self._news = asyncio.Event()
-        # What the sink may be reading yet, and flights that end because nobody waits for them.
-        self._unwanted: list[_Parcel] = []
+        # Memory that the sink may be reading yet, and flights that end because nobody waits for them.
+        self._unwanted: list[_HeldLayers] = []
         self._ending: list[asyncio.Task[None]] = []
 
     async def run(self, timeout_s: float) -> None:
@@ -98,9 +99,10 @@ class ChunkLoad:
             self._running.cancel()
 
     async def _run(self) -> None:
-        for seat in tuple(self._seats.values()):
-            self._board(seat)
-        while self._seats:
+        began_s = asyncio.get_running_loop().time()
+        for wanted in tuple(self._wanted.values()):
+            self._want(wanted, began_s)
+        while self._wanted:
             await self._news.wait()
             self._news.clear()
             while self._arrived:
@@ -113,41 +115,42 @@ class ChunkLoad:
         if self._path.disk is not None:
             self._path.disk.touch(used)
 
-    def _board(self, seat: _Seat) -> None:
-        if seat.index not in self._seats:
+    def _want(self, wanted: _WantedChunk, began_s: float) -> None:
+        if wanted.index not in self._wanted:
             return  # one before it is missing already
-        key = self._keys[seat.index]
+        key = self._keys[wanted.index]
         slot = self._path.memory.get(key)
         if slot is None:
-            seat.flight = self._path.flights.board(key, seat.index - self._span.start, seat)
+            turn = Turn(began_s, wanted.index - self._span.start)
+            wanted.flight = self._path.flights.join(key, turn, wanted)
         else:
-            seat.landed(range(self._path.form.layers), Berth(slot, 0))
+            wanted.arrived(range(self._path.form.layers), SlotWindow(slot, 0))
             slot.release()
 
-    def arrive(self, index: int, layers: range, parcel: _Parcel) -> None:
+    def arrive(self, index: int, layers: range, held: _HeldLayers) -> None:
         """Layers of a chunk lie in host memory."""
         for layer in layers:
-            self._arrived[layer][index] = parcel
+            self._arrived[layer][index] = held
         self._news.set()
 
-    async def _scatter(self, layer: int, batch: dict[int, _Parcel]) -> None:
+    async def _scatter(self, layer: int, batch: dict[int, _HeldLayers]) -> None:
         form = self._path.form
         start = form.header_bytes + layer * form.stride
         indices = sorted(index for index in batch if index < self._limit)
-        sections = [batch[index].berth.view(start, start + form.section_bytes) for index in indices]
+        sections = [batch[index].window.view(start, start + form.section_bytes) for index in indices]
         if not indices:
             return
-        error = await self._path.loop.work(self._call_sink, layer, indices, sections)
+        error = await self._path.loop.call_engine(self._call_sink, layer, indices, sections)
         if error is not None:
             self.miss(indices[0], MissReason.SINK_FAILED, error)
             return
         for index in indices:
-            seat = self._seats.get(index)
-            if seat is not None:
-                batch[index].unpack()
-                seat.layers_left -= 1
-                if not seat.layers_left:
-                    self._complete(seat)
+            wanted = self._wanted.get(index)
+            if wanted is not None:
+                batch[index].release_one()
+                wanted.layers_left -= 1
+                if not wanted.layers_left:
+                    self._complete(wanted)
         self._chunks_left[layer].difference_update(indices)
         self._advance()
 
@@ -161,33 +164,30 @@ class ChunkLoad:
             return error
         return None
 
-    def _complete(self, seat: _Seat) -> None:
-        tier = _MEMORY if seat.flight is None else seat.flight.tier
+    def _complete(self, wanted: _WantedChunk) -> None:
+        tier = _MEMORY if wanted.flight is None else wanted.flight.tier
         self._path.metrics.loaded_chunks.labels(tier).inc()
-        self._vacate(seat)
+        self._let_go(wanted)
 
-    def _vacate(self, seat: _Seat) -> None:
+    def _let_go(self, wanted: _WantedChunk) -> None:
         """Wait for a chunk no longer, and give its memory back once no sink reads it."""
-        del self._seats[seat.index]
-        if seat.flight is not None and not seat.over:
-            ending = self._path.flights.leave(seat.flight, seat)
+        del self._wanted[wanted.index]
+        if wanted.flight is not None and not wanted.over:
+            ending = self._path.flights.leave(wanted.flight, wanted)
             if ending is not None:
                 self._ending.append(ending)
-        if seat.layers_left:
-            for batch in self._arrived.values():
-                batch.pop(seat.index, None)
-        self._unwanted += seat.parcels
+        self._unwanted += wanted.holds
         self._news.set()
 
     def _release_unwanted(self) -> None:
         unwanted, self._unwanted = self._unwanted, []
-        for parcel in unwanted:
-            parcel.discard()
+        for held in unwanted:
+            held.discard()
 
     async def _withdraw_all(self) -> None:
         """See to it that nothing of this load goes on. The sink is not at work any more."""
-        for seat in tuple(self._seats.values()):
-            self._vacate(seat)
+        for wanted in tuple(self._wanted.values()):
+            self._let_go(wanted)
         self._release_unwanted()
         for ending in self._ending:
             await to_its_end(ending)
@@ -208,64 +208,64 @@ class ChunkLoad:
             topic = BACKEND_TROUBLE if reason is MissReason.UNREACHABLE else f"miss {reason}"
             said = error if isinstance(error, KVStoreError) else repr(error)
             self._path.warn(topic, f"chunk {self._keys[index]} is a miss ({reason}): {said}")
-        for seat in tuple(self._seats.values()):
-            if seat.index >= index:
-                self._vacate(seat)
+        for wanted in tuple(self._wanted.values()):
+            if wanted.index >= index:
+                self._let_go(wanted)
         for chunks in self._chunks_left:
             chunks.intersection_update(range(self._limit))
         self._advance()
 
     def _fail(self, index: int, reason: MissReason) -> None:
-        self._path.metrics.count_miss(reason)
-        self.handle._fail(index, reason)  # noqa: SLF001
+        if self.handle._fail(index, reason):  # noqa: SLF001
+            self._path.metrics.count_miss(reason)
 
     def _count_rest(self, why: MissReason) -> None:
         for index in range(self._limit + 1, self._span.stop):
             self._fail(index, MissReason.BEHIND_A_MISS)
-        for index in self._seats:
+        for index in self._wanted:
             self._fail(index, why)
 
 
-class _Parcel:
-    """Layers of one chunk that landed together; holds their memory until the last of them is in pages."""
+class _HeldLayers:
+    """Layers of one chunk that arrived together; holds their memory until the last of them is in pages."""
 
-    def __init__(self, berth: Berth, layers: int) -> None:
-        berth.slot.retain()
-        self.berth = berth
+    def __init__(self, window: SlotWindow, layers: int) -> None:
+        window.slot.retain()
+        self.window = window
         self._layers_left = layers
 
-    def unpack(self) -> None:
+    def release_one(self) -> None:
         """One of the layers is in pages."""
         self._layers_left -= 1
         if not self._layers_left:
-            self.berth.slot.release()
+            self.window.slot.release()
 
     def discard(self) -> None:
         """The others need not be."""
         if self._layers_left:
             self._layers_left = 0
-            self.berth.slot.release()
+            self.window.slot.release()
 
 
-class _Seat:
-    """One chunk of a load: what its flight tells, and what is left to do. A `Rider`."""
+class _WantedChunk:
+    """One chunk of a load: what its flight tells, and what is left to do. A `Waiter`."""
 
     def __init__(self, load: ChunkLoad, index: int, layers: int) -> None:
         self.index = index
         self.layers_left = layers
         self.flight: ChunkFlight | None = None
-        self.parcels: list[_Parcel] = []
+        self.holds: list[_HeldLayers] = []
         self.over = False
         self._load = load
 
-    def landed(self, layers: range, berth: Berth) -> None:
-        """See Rider."""
-        parcel = _Parcel(berth, len(layers))
-        self.parcels.append(parcel)
-        self._load.arrive(self.index, layers, parcel)
+    def arrived(self, layers: range, window: SlotWindow) -> None:
+        """See Waiter."""
+        held = _HeldLayers(window, len(layers))
+        self.holds.append(held)
+        self._load.arrive(self.index, layers, held)
 
     def ended(self, error: Exception | None) -> None:
-        """See Rider."""
+        """See Waiter."""
         self.over = True
         if isinstance(error, MissError):
             self._load.miss(self.index, error.reason, error)

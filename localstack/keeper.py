@@ -18,14 +18,14 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from localstack import processes
-from localstack.contract import ServerError
+from localstack.contract import ServerError, Store
 
-_CHECKOUT = Path(__file__).parents[1]
+CHECKOUT = Path(__file__).parents[1]
 _WATCH_S = 0.25
 _STOP_TIMEOUT_S = 60.0
 
@@ -52,27 +52,43 @@ def kept(module: str, folder: Path | None = None, **options: Any) -> Iterator[di
                 keeper.wait()
 
 
-def start_keeper(
-    module: str, folder: Path | None, options: dict[str, Any], *, owner: int, log: Any
-) -> subprocess.Popen[str]:
-    """Start a keeper. `owner`: the process it serves, 0 for one that runs until it gets SIGTERM.
+@contextlib.contextmanager
+def kept_store(module: str, folder: Path | None = None, **options: Any) -> Iterator[Store]:
+    """The same for a module whose server is a store."""
+    with kept(module, folder, **options) as description:
+        yield Store.of(description)
 
-    `log`, a file, takes what it prints for people.
+
+def start_keeper(
+    module: str,
+    folder: Path | None,
+    options: dict[str, Any],
+    *,
+    owner: int,
+    log: IO[bytes],
+    keep_open: Sequence[int] = (),
+) -> subprocess.Popen[str]:
+    """Start a keeper.
+
+    owner      the process it serves, 0 for a keeper that runs until it gets SIGTERM
+    log        takes what it prints for people
+    keep_open  descriptors that stay open in the keeper, and not in its servers
     """
     place = str(folder.absolute()) if folder else ""
     return subprocess.Popen(
         [sys.executable, "-m", "localstack.keeper", module, place, str(owner), json.dumps(options)],
-        cwd=_CHECKOUT,
+        cwd=CHECKOUT,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=log,
+        pass_fds=keep_open,
         text=True,
         # Else Ctrl-C on a terminal would end the servers before those who use them.
         start_new_session=True,
     )
 
 
-def description_of(keeper: subprocess.Popen[str], log: Any) -> dict[str, Any]:
+def description_of(keeper: subprocess.Popen[str], log: IO[bytes]) -> dict[str, Any]:
     """Wait until its server runs. Raises ServerError with what the keeper said if it does not."""
     assert keeper.stdout is not None
     with keeper.stdout as output:

@@ -64,7 +64,7 @@ def nginx_files(folder: Path, *, workers: int = 2) -> Iterator[str]:
 @contextlib.contextmanager
 def serve(folder: Path, files: str, workers: int) -> Iterator[dict[str, str]]:
     """See contract."""
-    ensure_programs(PACKAGES)
+    install()
     (port,) = free_ports(1)
     conf = folder / "nginx.conf"
     # Workers would otherwise be another user, who may not read a folder of root's.
@@ -81,3 +81,8 @@ def serve(folder: Path, files: str, workers: int) -> Iterator[dict[str, str]]:
             yield {"url": f"http://127.0.0.1:{port}"}
     finally:
         shutil.rmtree(bodies, ignore_errors=True)
+
+
+def install() -> None:
+    """Have nginx. Raises ServerError that names the package if this is not root."""
+    ensure_programs(PACKAGES)

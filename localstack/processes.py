@@ -15,7 +15,6 @@ from pathlib import Path
 
 from localstack.contract import ServerError
 
-_STOP_TIMEOUT_S = 10.0
 _POLL_S = 0.02
 _LOG_CHARACTERS = 3000
 _PR_SET_PDEATHSIG = 1
@@ -26,9 +25,16 @@ _running: dict[str, subprocess.Popen[bytes]] = {}
 
 @contextlib.contextmanager
 def running(
-    name: str, command: Sequence[str | Path], log: Path, *, environment: Mapping[str, str] | None = None
+    name: str,
+    command: Sequence[str | Path],
+    log: Path,
+    *,
+    environment: Mapping[str, str] | None = None,
+    stop_timeout_s: float = 10.0,
 ) -> Iterator[Process]:
     """`command` as a child of this process, stopped at the end; what it prints goes to `log`.
+
+    stop_timeout_s  how long it may take to end on SIGTERM before it gets SIGKILL
 
     It gets SIGTERM when this process dies, even by SIGKILL. Must be called by the main thread of a
     process that has no other.
@@ -52,7 +58,7 @@ def running(
         yield Process(name, child, log)
     finally:
         del _running[name]
-        _stop(child)
+        _stop(child, stop_timeout_s)
 
 
 class Process:
@@ -116,10 +122,10 @@ def _die_with(parent: int) -> None:
         os._exit(1)
 
 
-def _stop(child: subprocess.Popen[bytes]) -> None:
+def _stop(child: subprocess.Popen[bytes], timeout_s: float) -> None:
     child.terminate()
     try:
-        child.wait(_STOP_TIMEOUT_S)
+        child.wait(timeout_s)
     except subprocess.TimeoutExpired:
         child.kill()
         child.wait()

@@ -30,7 +30,7 @@ from kvstore.errors import MissError, MissReason
 from kvstore.keys import ChunkKey
 from kvstore.layout import ChunkForm
 from kvstore.metrics import Metrics
-from kvstore.plan import FetchLimits, largest_read_bytes
+from kvstore.plan import FetchLimits, Turn, largest_read_bytes
 from kvstore.presence import DAMAGE
 from kvstore.range_reader import RangeReader
 
@@ -67,14 +67,14 @@ class Reader:
 
     async def load(self, key: ChunkKey) -> MissReason | None:
         """Why the chunk is a miss; None: it was served, whole and right."""
-        flight = ChunkFlight(key, 0, FORM.layers)
+        flight = ChunkFlight(key, Turn(0.0, 0), FORM.layers)
         flight.slot = await self._slots.acquire()
         try:
             await self._fetcher.fetch(self._reader, flight)
         except MissError as miss:
             return miss.reason
         else:
-            assert all(flight.landed)
+            assert all(flight.arrived)
             right = data_of(key)
             assert flight.slot.memory[FORM.header_bytes : FORM.raw_bytes] == right[FORM.header_bytes :]
             return None

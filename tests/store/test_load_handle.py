@@ -321,7 +321,7 @@ def test_the_deadline_also_ends_the_wait_for_memory(opened):
     gate = Gate()
     backend = ScriptedBackend(stored_chunks(CHAIN))
     store = opened(backend, memory_bytes=2 * 8192, fetch_concurrency=1)
-    arenas = store._parts.memory.arena, store._parts.reads.flights._route.fetcher.transit
+    arenas = store._parts.memory.arena, store._parts.reads.flights._tiers.fetcher.transit
     held = [arena.try_acquire() for arena in arenas for _ in range(arena.slots)]
     result = store.load(CHAIN, range(4), Pages(4), timeout_s=0.05).wait(PATIENCE_S)
     assert result.chunks == 0
@@ -358,6 +358,56 @@ def test_cancelling_returns_when_nothing_writes_any_more(opened):
     pages.assert_untouched(range(4))
     assert_nothing_is_written_any_more(store, pages, gate)
     assert_no_slot_lost(store)
+
+
+def test_cancelled_before_it_begins_a_load_reads_nothing(opened):
+    backend = ScriptedBackend(stored_chunks(CHAIN))
+    store = opened(backend)
+    assert store.wait_connected(PATIENCE_S)
+    held, free = threading.Event(), threading.Event()
+    store._loop.call(lambda: (held.set(), free.wait(PATIENCE_S)))
+    assert held.wait(PATIENCE_S)
+    load = store.load(CHAIN, range(4), Pages(4))
+    cancelled = in_another_thread(load.cancel)
+    while not store._loop._loop._ready:
+        pass
+    free.set()
+    assert set(cancelled.result(PATIENCE_S).failures.values()) == {MissReason.CANCELLED}
+    assert backend.count("get") == 0
+
+
+def test_several_misses_of_one_load_count_each_chunk_once(opened):
+    backend, gates = ScriptedBackend(stored_chunks(chain_of(6))), {1: Gate(), 4: Gate()}
+    names = [name_of(key) for key in chain_of(6).keys]
+    for index, gate in gates.items():
+        backend.when("get", gate, name=names[index])
+        del backend.objects[names[index]]
+    store = opened(backend)
+    load = store.load(chain_of(6), range(6), Pages(6))
+    for index in (4, 1):
+        gates[index].wait_arrivals()
+        gates[index].open()
+        settle(store)
+    failures = load.wait(PATIENCE_S).failures
+    assert set(failures) == {1, 2, 3, 4, 5}
+    counted = sum(
+        store.metrics.value("kvstore_missed_chunks_total", reason=reason.value) for reason in MissReason
+    )
+    assert counted == 5
+
+
+def test_sinks_that_hang_leave_the_store_to_other_loads(opened):
+    store, gate = opened(ScriptedBackend(stored_chunks(CHAIN, codec="zstd"))), Gate()
+    stuck = []
+    for _ in range(12):
+        pages = Pages(4)
+        pages.before_scatter = lambda layer, indices: gate.block()
+        stuck.append(store.load(CHAIN, range(4), pages))
+    gate.wait_arrivals(12)
+    store._parts.memory.clear()
+    assert store.load(CHAIN, range(4), Pages(4)).wait(PATIENCE_S).chunks == 4
+    gate.open()
+    assert all(load.wait(PATIENCE_S).chunks == 4 for load in stuck)
 
 
 def test_cancelling_waits_for_a_sink_that_is_at_work(opened):
@@ -427,7 +477,7 @@ def test_cancelled_at_any_moment_pages_are_right_and_no_slot_is_lost(opened, cod
         result = load.cancel()
         pages.assert_holds(range(result.chunks))
         assert_nothing_is_written_any_more(store, pages)
-        scratch = store._parts.reads.flights._route.fetcher.scratch
+        scratch = store._parts.reads.flights._tiers.fetcher.scratch
         settle(store)
         assert scratch.free == scratch.slots
         assert store._parts.memory.arena.free + len(store._parts.memory) == store._parts.memory.arena.slots
@@ -575,7 +625,7 @@ def test_a_chunk_no_longer_wanted_keeps_its_memory_until_its_decoder_is_done(ope
         gates[index].wait_arrivals()
         gates[index].open()
         settle(store)
-    arena, scratch = store._parts.memory.arena, store._parts.reads.flights._route.fetcher.scratch
+    arena, scratch = store._parts.memory.arena, store._parts.reads.flights._tiers.fetcher.scratch
     try:
         assert decoding.inside == 1
         assert arena.free == arena.slots - 1

@@ -1,6 +1,8 @@
 """However many loads wait for a chunk, it is fetched once; leaving never harms those who stay."""
 
+import asyncio
 import random
+import threading
 
 import pytest
 from samples import (
@@ -19,6 +21,7 @@ from samples import (
 
 import kvstore.assembly
 from kvstore.errors import MissReason
+from kvstore.plan import FetchLimits
 
 CHAIN = chain_of(4)
 CODECS = ["none", "zstd"]
@@ -145,3 +148,53 @@ def test_with_loads_coming_and_going_at_any_moment_pages_are_right_and_no_slot_i
             pages.assert_holds(range(span.start, span.start + result.chunks))
             pages.assert_never_wrong()
     assert_no_slot_lost(store)
+
+
+def test_a_load_that_comes_while_left_reads_are_being_ended_gets_its_own_and_keeps_them(opened):
+    backend, reading, ending, later = ScriptedBackend(stored_chunks(CHAIN)), Gate(), Gate(), Gate()
+
+    async def end_late(call):
+        try:
+            await reading.enter()
+        except asyncio.CancelledError:
+            await ending.enter()
+            raise
+
+    backend.when("get", end_late, times=4)
+    store = opened(backend)
+    left = store.load(CHAIN, range(4), Pages(4))
+    reading.wait_arrivals(4)
+    leaving = threading.Thread(target=left.cancel)
+    leaving.start()
+    ending.wait_arrivals(4)
+    backend.when("get", later)
+    all_pages = [Pages(4), Pages(4)]
+    loads = [store.load(CHAIN, range(4), all_pages[0])]
+    later.wait_arrivals(4)
+    ending.open()
+    leaving.join(PATIENCE_S)
+    # Those that ended late have not taken the others' place: one more load shares what is under way.
+    loads.append(store.load(CHAIN, range(4), all_pages[1]))
+    settle(store)
+    later.open()
+    for load, pages in zip(loads, all_pages, strict=True):
+        assert load.wait(PATIENCE_S).chunks == 4
+        pages.assert_holds(range(4))
+    assert backend.count("get") == 8
+    assert_no_slot_lost(store)
+
+
+def test_groups_follow_what_was_learned_of_the_link(opened, monkeypatch):
+    backend = ScriptedBackend(stored_chunks(chain_of(8)))
+    limits = FetchLimits(first_bytes=2 * FORM.stride, group_bytes=10 * FORM.stride, worth_bytes=1, depth=1)
+    monkeypatch.setattr(kvstore.assembly, "FetchLimits", lambda: limits)
+    store = opened(backend)
+    link = store._parts.reads.flights._tiers.backend.link
+    reads = {}
+    for link_bytes in (None, 1.0):
+        monkeypatch.setattr(type(link), "link_bytes", property(lambda _, known=link_bytes: known))
+        store._parts.memory.clear()
+        before = backend.count("get")
+        assert store.load(chain_of(8), range(8), Pages(8)).wait(PATIENCE_S).chunks == 8
+        reads[link_bytes] = backend.count("get") - before
+    assert reads[None] < reads[1.0] == 8 * FORM.layers

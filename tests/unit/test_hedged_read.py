@@ -19,6 +19,8 @@ PATIENCE_S = 20.0
 class Server:
     """Answers reads when told to; like a socket, it writes to the memory of a read until that has ended."""
 
+    turns_to_end = 1
+
     def __init__(self):
         self.reads = []
 
@@ -34,7 +36,8 @@ class Server:
             out[:] = bytes([len(self.reads)]) * len(out)
             return ReadResult(len(out), len(out), "etag")
         except asyncio.CancelledError:
-            await asyncio.sleep(0)  # whoever cancels waits for this
+            for _ in range(self.turns_to_end):
+                await asyncio.sleep(0)  # whoever cancels waits for this
             raise
         finally:
             read["ended"] = True
@@ -181,6 +184,25 @@ def test_cancelled_from_outside_it_is_cancelled_whatever_has_come(when):
     run(test)
 
 
+@pytest.mark.parametrize("turns", range(1, 6))
+def test_cancelled_while_the_other_read_is_being_ended_it_is_cancelled_all_the_same(turns):
+    async def test():
+        case = Case()
+        case.server.turns_to_end = 5
+        task = case.start()
+        await case.server.sent(2)
+        case.server.answer(0)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        assert not task.done()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        case.check_over()
+
+    run(test)
+
+
 def test_a_deadline_around_it_is_kept_and_told_from_its_own_cancellations():
     async def test():
         case = Case()
@@ -201,7 +223,8 @@ def test_at_any_interleaving_the_answer_is_whole_and_nothing_is_left_behind():
         await case.server.sent(1 + (source.random() < 0.9))
         steps = [lambda n=n: case.server.answer(n) for n in range(len(case.server.reads))]
         steps += [lambda: case.server.answer(0, RetryableError("503"))] * source.randrange(2)
-        steps += [task.cancel] * source.randrange(2)
+        accepted = []
+        steps += [lambda: accepted.append(task.cancel())] * source.randrange(2)
         source.shuffle(steps)
         for step in steps:
             step()
@@ -209,9 +232,12 @@ def test_at_any_interleaving_the_answer_is_whole_and_nothing_is_left_behind():
                 await asyncio.sleep(0)
         try:
             answer = await task
-        except (asyncio.CancelledError, RetryableError):
-            pass
+        except asyncio.CancelledError:
+            assert any(accepted)
+        except RetryableError:
+            assert not any(accepted)
         else:
+            assert not any(accepted)
             assert answer.length == LENGTH
             assert len(set(case.out)) == 1
             assert case.out[0] > 0

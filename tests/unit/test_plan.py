@@ -4,7 +4,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore.layout import ChunkForm, DType, KVLayout
-from kvstore.plan import FetchLimits, first_read_bytes, largest_read_bytes, layer_groups, missing_groups
+from kvstore.plan import (
+    HORIZON_S,
+    FetchLimits,
+    Turn,
+    first_read_bytes,
+    largest_read_bytes,
+    layer_groups,
+    missing_groups,
+)
 
 
 def form_of(layers, section_bytes):
@@ -80,3 +88,17 @@ def test_what_is_missing_is_every_layer_that_is_not_here_once_in_order_within_it
     missing = missing_groups(groups, here)
     assert [layer for run in missing for layer in run] == [i for i, there in enumerate(here) if not there]
     assert all(any(set(run) <= set(group) for group in groups) for run in missing)
+
+
+def test_within_a_load_layers_come_in_order_and_chunks_within_a_layer():
+    turns = [Turn(7.0, order) for order in range(3)]
+    asked = [(turn.priority(layer, 4), layer, turn.order) for turn in turns for layer in range(4)]
+    assert [(layer, order) for _, layer, order in sorted(asked)] == [
+        (layer, order) for layer in range(4) for order in range(3)
+    ]
+
+
+def test_a_later_load_s_first_layers_overtake_but_not_without_end():
+    last_layers = Turn(0.0, 0).priority(31, 32)
+    assert Turn(0.1, 0).priority(0, 32) < last_layers
+    assert Turn(HORIZON_S, 0).priority(0, 32) > last_layers

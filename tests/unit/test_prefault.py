@@ -76,3 +76,12 @@ def test_without_torch_nothing_is_locked(monkeypatch):
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     assert page_lock(memoryview(bytearray(4096))) is None
     assert "torch" not in sys.modules
+
+
+def test_more_memory_than_there_is_is_not_taken_ahead_and_said(monkeypatch, caplog):
+    assert 0 < prefault.available_bytes() < 1 << 50
+    monkeypatch.setattr(prefault, "available_bytes", lambda: LENGTH - 1)
+    monkeypatch.setattr(prefault, "populate", lambda *_: pytest.fail("populated"))
+    ready = prefault.Prefault(memoryview(mmap.mmap(-1, LENGTH)))
+    ready.end()
+    assert f"KVSTORE_MEMORY_BYTES takes {LENGTH} bytes" in caplog.text
