@@ -23,8 +23,9 @@ from kvstore.backends.blocking import BlockingCalls, Caller
 from kvstore.backends.contract import ABSENT, Absent, ReadResult
 from kvstore.disk_circuit import Circuit
 from kvstore.disk_events import Departure, DiskEvents, FillDrop, Half, NoDiskEvents
+from kvstore.disk_file import likely_cost_bytes
 from kvstore.disk_fill import DiskFill, FillParts
-from kvstore.disk_folder import Chunk, DiskFolder, likely_cost_bytes, place
+from kvstore.disk_folder import Chunk, DiskFolder, place
 from kvstore.disk_half import DiskHalf
 from kvstore.disk_index import DiskIndex
 from kvstore.disk_upkeep import DiskUpkeep

@@ -147,8 +147,17 @@ async def look(tier: DiskTier) -> None:
 
 
 async def settled(tier: DiskTier) -> None:
-    """Wait until nothing is being cleaned up any more."""
-    await until(lambda: not tier._writes._cleaning and not tier._reads._cleaning)
+    """Wait until nothing is being cleaned up or looked at any more."""
+    await until(
+        lambda: (
+            not (
+                tier._writes._cleaning
+                or tier._reads._cleaning
+                or tier._looks._running
+                or tier._look_due.is_set()
+            )
+        )
+    )
 
 
 def files(folder: Path) -> list[str]:

@@ -16,5 +16,5 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
 @pytest.fixture(autouse=True)
 def _no_lost_exceptions(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     yield
-    gc.collect()
+    gc.collect(1)  # what is young: a test made it
     assert [record for record in caplog.records if record.levelno > logging.WARNING] == []

@@ -43,13 +43,16 @@ from kvstore.errors import RetryableError
 from kvstore.keys import ChunkKey
 
 KEYS = keys_of(8)
-# Long enough for what does not hang.
-HANG_S = 0.5
-HUNG = replace(LIMITS, read_timeout_s=HANG_S, write_timeout_s=HANG_S, close_timeout_s=0.2)
+HANG_S = 0.1
 
 
 def one_chunk(number: int) -> ChunkKey:
     return keys_of(1, 100 * number)[0]
+
+
+def set_limit(tier: DiskTier, timeout_s: float) -> None:
+    """How long a read or a write may take: little only while the disk hangs, or time would decide a test."""
+    tier._reads._timeout_s = tier._writes._timeout_s = timeout_s
 
 
 @contextlib.contextmanager
@@ -231,6 +234,7 @@ def test_a_disk_that_others_filled_is_used_again_when_it_has_room(tmp_path: Path
             assert events.drops[FillDrop.DISK_FULL] >= 1
             assert tier.chunks == 0
             (folder / "theirs").unlink()
+            await settled(tier)
             await look(tier)
             for number in range(20):
                 assert await put(tier, one_chunk(number))
@@ -350,6 +354,7 @@ def test_a_hanging_read_ends_in_time_and_touches_nothing_afterwards(tmp_path: Pa
     async def scenario(tier: DiskTier) -> None:
         await put_all(tier, KEYS)
         disk.hang("preadv", half="reads")
+        set_limit(tier, HANG_S)
         outs = [bytearray(OBJECT_BYTES) for _ in range(3)]
         reads = [tier.read_into(name_of(KEYS[0]), 0, memoryview(out)) for out in outs]
         results = await asyncio.gather(*reads, return_exceptions=True)
@@ -358,12 +363,13 @@ def test_a_hanging_read_ends_in_time_and_touches_nothing_afterwards(tmp_path: Pa
         assert events.off == {Half.READS}
         assert tier.leading(KEYS) == 0
         assert await tier.read_into(name_of(KEYS[0]), 0, memoryview(outs[0])) is ABSENT
+        set_limit(tier, PATIENCE_S)
         disk.heal()
         await until(lambda: not events.off)
         assert await get(tier, KEYS[0]) == data_of(KEYS[0])
         assert outs == [bytearray(OBJECT_BYTES)] * 3
 
-    run(tmp_path, scenario, limits=replace(HUNG, close_timeout_s=PATIENCE_S), events=events)
+    run(tmp_path, scenario, events=events)
 
 
 def test_a_cancelled_read_of_a_hanging_disk_is_over_at_once(tmp_path: Path, disk: Disk):
@@ -388,12 +394,15 @@ def test_a_hanging_write_drops_the_fill_in_time_and_its_room_comes_back(
     tmp_path: Path, disk: Disk, function: str
 ):
     events = Recorder()
-    limits = replace(HUNG, in_flight_bytes=COST_BYTES, close_timeout_s=PATIENCE_S)
+    limits = replace(LIMITS, in_flight_bytes=COST_BYTES)
 
     async def scenario(tier: DiskTier) -> None:
         await put_all(tier, [one_chunk(number) for number in range(4)])
+        await settled(tier)
         disk.hang(function, half="writes")
+        set_limit(tier, HANG_S)
         assert not await put(tier, one_chunk(4))
+        set_limit(tier, PATIENCE_S)
         assert events.failures == {(Half.WRITES, DiskFailure.HUNG): 1}
         # The thread that hangs may still write: what it holds counts until it is known to be gone.
         assert tier.begin(one_chunk(5), OBJECT_BYTES) is None
@@ -410,7 +419,7 @@ def test_a_hanging_write_drops_the_fill_in_time_and_its_room_comes_back(
 
 def test_closing_takes_a_bounded_time_whatever_hangs(tmp_path: Path, disk: Disk):
     async def scenario() -> None:
-        tier = DiskTier(tmp_path, GB, SHARD, limits=HUNG)
+        tier = DiskTier(tmp_path, GB, SHARD, limits=replace(LIMITS, close_timeout_s=0.2))
         await tier.open()
         await tier.wait_scanned()
         await put_all(tier, KEYS[:3])
@@ -420,6 +429,7 @@ def test_closing_takes_a_bounded_time_whatever_hangs(tmp_path: Path, disk: Disk)
         assert fill is not None
         await fill.write(0, [data_of(KEYS[3])])
         disk.hang()
+        set_limit(tier, HANG_S)
         reading = asyncio.ensure_future(get(tier, KEYS[0]))
         committing = asyncio.ensure_future(fill.commit())
         looking = asyncio.ensure_future(look(tier))
@@ -446,12 +456,14 @@ def test_a_disk_that_hangs_from_the_start_is_no_tier_until_it_answers(tmp_path: 
 
     async def scenario() -> None:
         disk.hang()
-        tier = DiskTier(tmp_path, GB, SHARD, limits=HUNG, events=events)
+        tier = DiskTier(tmp_path, GB, SHARD, limits=LIMITS, events=events)
+        set_limit(tier, HANG_S)
         await tier.open()
         assert tier.leading(KEYS) == 0
         assert not await put(tier, KEYS[0])
         await until(lambda: Half.WRITES in events.off)
         assert not await put(tier, KEYS[0])
+        set_limit(tier, PATIENCE_S)
         disk.heal()
         await until(lambda: not events.off)
         await tier.wait_scanned()
