@@ -59,7 +59,7 @@ class FetchLimits:
 
     first_bytes: int = 1 << 20
     group_bytes: int = 8 << 20
-    worth_bytes: int = 2 << 20
+    worth_bytes: int = 1 << 20
     depth: int = 16
 
 
