@@ -26,10 +26,10 @@ class Slot:
     until the last reference is released, and its bytes are whatever the last holder left.
     """
 
-    __slots__ = ("_arena", "index", "memory", "references")
+    __slots__ = ("arena", "index", "memory", "references")
 
     def __init__(self, arena: Arena, index: int, memory: memoryview) -> None:
-        self._arena = arena
+        self.arena = arena
         self.references = 0  # changed by the arena, under its lock
         self.index = index
         self.memory = memory
@@ -41,12 +41,12 @@ class Slot:
 
     def retain(self) -> Slot:
         """Take one more reference, for another holder."""
-        self._arena.retain(self)
+        self.arena.retain(self)
         return self
 
     def release(self) -> None:
         """Give a reference back; the last one frees the slot."""
-        self._arena.release(self)
+        self.arena.release(self)
 
 
 class Arena:
@@ -90,6 +90,11 @@ class Arena:
         """How many slots nobody holds."""
         with self._lock:
             return len(self._free)
+
+    @property
+    def spare(self) -> bool:
+        """Whether at least half of the slots are free, so that one may be held for a while."""
+        return 2 * self.free >= self.slots
 
     def try_acquire(self) -> Slot | None:
         """A slot with one reference, evicting if need be; None when all are in use. Never waits."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from kvstore.arena import Arena, Slot
-from kvstore.backends.contract import ABSENT, Buffer, ReadResult
+from kvstore.backends.contract import ABSENT, ReadResult
 from kvstore.chunk import ChunkHeader, check_header, decode_header, verify_section
 from kvstore.codecs.registry import decoder
 from kvstore.errors import MissError, MissReason
@@ -74,10 +74,14 @@ class FetchTarget(Protocol):
 
 
 class StoredCopy(Protocol):
-    """Takes a copy of an object's bytes as they are verified, in any order. Raises for no disk's trouble."""
+    """Takes a copy of an object's bytes as they are verified, in any order. Nobody waits for it."""
 
-    async def write(self, offset: int, parts: Sequence[Buffer]) -> bool:
-        """Take `parts`, which begin at byte `offset`; they are borrowed until it returns. False: in vain."""
+    def take(self, offset: int, stored: memoryview, slot: Slot) -> None:
+        """Take bytes from `offset` on, which lie in `slot`; holds the slot for as long as it needs them."""
+        ...
+
+    def abandon(self) -> None:
+        """Some of the bytes will not come."""
         ...
 
 
@@ -135,17 +139,17 @@ class ChunkFetcher:
                 window = await held.enter_async_context(self._window(target, 0))
                 # What has arrived in a slot is not to be written again.
                 direct = target.slot is None or not any(target.arrived)
-                memory = window.slot.memory if direct else await held.enter_async_context(self._scratch())
-                stored = memory[:length]
+                holder = window.slot if direct else await held.enter_async_context(self._scratch())
+                stored = holder.memory[:length]
                 answer = await self._read(fetch, 0, stored)
             here = self._open(fetch, stored, answer)
             stored = stored[: fetch.header.extents[here.stop - 1].stop]
             if direct and not self._in_place(fetch.header, here):
                 # It arrived where it must be decoded to, before anyone could know.
-                scratch = (await held.enter_async_context(self._scratch()))[: len(stored)]
-                scratch[:] = stored
-                stored, direct = scratch, False
-            await self._arrive(fetch, _Part(here, stored, 0), window, in_place=direct)
+                holder = await held.enter_async_context(self._scratch())
+                holder.memory[: len(stored)] = stored
+                stored, direct = holder.memory[: len(stored)], False
+            await self._arrive(fetch, _Part(here, stored, 0, holder), window, in_place=direct)
 
     def _open(self, fetch: _Fetch, stored: memoryview, answer: ReadResult) -> range:
         """Check the header that `stored` begins with; the layers that are there whole."""
@@ -173,17 +177,14 @@ class ChunkFetcher:
             async with fetch.reader.place(self._priority(target, layers.start)):
                 # Not before: whoever holds memory must not wait for its turn behind others.
                 window = await held.enter_async_context(self._window(target, self._slot_offset(layers.start)))
-                stored = (
-                    window.view(start, stop)
-                    if in_place
-                    else (await held.enter_async_context(self._scratch()))[: stop - start]
-                )
+                holder = window.slot if in_place else await held.enter_async_context(self._scratch())
+                stored = window.view(start, stop) if in_place else holder.memory[: stop - start]
                 answer = await self._read(fetch, start, stored)
             if answer.length != len(stored):
                 raise MissError(
                     MissReason.TRUNCATED, f"object {fetch.name}: a read of {len(stored)} got {answer.length}"
                 )
-            await self._arrive(fetch, _Part(layers, stored, start), window, in_place=in_place)
+            await self._arrive(fetch, _Part(layers, stored, start, holder), window, in_place=in_place)
 
     async def _read(self, fetch: _Fetch, offset: int, out: memoryview) -> ReadResult:
         answer = await fetch.reader.read(fetch.name, offset, out, etag=fetch.etag)
@@ -198,7 +199,16 @@ class ChunkFetcher:
         await self.loop.work(self._verify, fetch, part, None if in_place else window)
         for layers in missing_groups([part.layers], fetch.target.arrived):
             fetch.target.arrive(layers, window)
-        if fetch.copy is not None and not await fetch.copy.write(part.first_byte, [part.stored]):
+        self._copy(fetch, part)
+
+    def _copy(self, fetch: _Fetch, part: _Part) -> None:
+        """Have the part copied, unless that could hold memory which other reads need soon."""
+        if fetch.copy is None:
+            return
+        if part.holder is fetch.target.slot or part.holder.arena.spare:
+            fetch.copy.take(part.first_byte, part.stored, part.holder)
+        else:
+            fetch.copy.abandon()
             fetch.copy = None
 
     @asynccontextmanager
@@ -213,10 +223,10 @@ class ChunkFetcher:
             slot.release()
 
     @asynccontextmanager
-    async def _scratch(self) -> AsyncIterator[memoryview]:
+    async def _scratch(self) -> AsyncIterator[Slot]:
         slot = await self.scratch.acquire()
         try:
-            yield slot.memory
+            yield slot
         finally:
             slot.release()
 
@@ -268,8 +278,9 @@ class _Fetch:
 
 
 class _Part(NamedTuple):
-    """Sections in stored form: what begins at `first_byte` of the object, read into `stored`."""
+    """Sections in stored form: what begins at `first_byte` of the object, read into `stored` in `holder`."""
 
     layers: range
     stored: memoryview
     first_byte: int
+    holder: Slot

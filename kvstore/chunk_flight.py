@@ -9,7 +9,7 @@ from typing import Protocol
 from kvstore.arena import Slot
 from kvstore.chunk import ChunkHeader
 from kvstore.chunk_fetch import ChunkFetcher, SlotWindow, StoredCopy
-from kvstore.disk_fill import DiskFill
+from kvstore.disk_copy import DiskCopy
 from kvstore.disk_tier import DiskTier
 from kvstore.errors import KVStoreError, MissError
 from kvstore.keys import ChunkKey
@@ -48,7 +48,7 @@ class ChunkFlight:
         self.waiters: list[Waiter] = []
         self.task: asyncio.Task[None] | None = None
         self.copies_to: DiskTier | None = None
-        self.copy: DiskFill | None = None
+        self.copy: DiskCopy | None = None
 
     @property
     def open(self) -> bool:
@@ -57,8 +57,8 @@ class ChunkFlight:
 
     def begin_copy(self, object_bytes: int) -> StoredCopy | None:
         """See FetchTarget."""
-        if self.copies_to is not None:
-            self.copy = self.copies_to.begin(self.key, object_bytes)
+        fill = None if self.copies_to is None else self.copies_to.begin(self.key, object_bytes)
+        self.copy = None if fill is None else DiskCopy(fill)
         return self.copy
 
     def arrive(self, layers: range, window: SlotWindow) -> None:
@@ -156,7 +156,7 @@ class ChunkFlights:
         for waiter in tuple(flight.waiters):
             waiter.ended(error)
         if flight.copy is not None and error is None:
-            await flight.copy.commit()
+            await flight.copy.finish()
 
     async def _fetch(self, flight: ChunkFlight) -> None:
         disk = self._tiers.disk

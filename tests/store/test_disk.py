@@ -224,6 +224,32 @@ def test_a_disk_that_fails_or_fills_up_costs_the_copies_and_nothing_else(with_di
     assert_no_slot_lost(store)
 
 
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("concurrency", [1, 2, 64])
+def test_a_load_does_not_wait_for_its_copies_on_a_slow_disk(
+    with_disk, tmp_path, monkeypatch, codec, concurrency
+):
+    monkeypatch.setattr(kvstore.assembly, "FetchLimits", lambda: LAYER_BY_LAYER)
+    backend, written = ScriptedBackend(stored_chunks(CHAIN, codec=codec)), Gate()
+    store = with_disk(backend, fetch_concurrency=concurrency)
+    pwrite = os.pwrite
+
+    def write_late(*arguments):
+        written.block()
+        return pwrite(*arguments)
+
+    monkeypatch.setattr(os, "pwrite", write_late)
+    pages = Pages(4)
+    assert store.load(CHAIN, range(4), pages).wait(PATIENCE_S).chunks == 4
+    pages.assert_holds(range(4))
+    assert not files(tmp_path)
+    written.open()
+    store._parts.memory.clear()
+    monkeypatch.undo()
+    assert load(store).chunks == 4
+    assert_no_slot_lost(store)
+
+
 def test_a_cancelled_load_leaves_no_half_written_file_and_no_room_taken(with_disk, tmp_path):
     backend, gate = ScriptedBackend(stored_chunks(CHAIN)), Gate()
     backend.when("get", gate, applies=lambda call: call.offset > 0)
