@@ -7,6 +7,7 @@ from collections import deque
 
 WINDOW = 128
 SAMPLES_MIN = 16
+REFIT_EVERY = 64
 LATE_PERCENTILE = 95
 # Past the slowest in twenty by so much: on a link that is full, some reads are always the slowest,
 # and sending them twice makes all slower.
@@ -19,7 +20,7 @@ _TICK_S = 1e-9
 class LinkEstimate:
     """Fits `seconds = latency + bytes / bandwidth` to the last reads, by least squares.
 
-    Not thread-safe. Refits once in `SAMPLES_MIN` reads, so a note costs next to nothing.
+    Not thread-safe. Refits once in REFIT_EVERY reads, so a note costs next to nothing.
     """
 
     def __init__(self) -> None:
@@ -36,7 +37,7 @@ class LinkEstimate:
             return  # nothing came, as where an object has changed: it says nothing of bandwidth
         self._reads.append((length, seconds))
         self._unfitted += 1
-        if self._unfitted >= SAMPLES_MIN:
+        if self._unfitted >= (SAMPLES_MIN if self._late_ratio is None else REFIT_EVERY):
             self._unfitted = 0
             self._fit()
 
@@ -52,7 +53,7 @@ class LinkEstimate:
         return LATE_FACTOR * self._late_ratio * self._expected_s(length)
 
     def _expected_s(self, length: int) -> float:
-        return max(_TICK_S, self._latency_s + length * self._s_per_byte)
+        return self._latency_s + length * self._s_per_byte
 
     def _fit(self) -> None:
         lengths, seconds = zip(*self._reads, strict=True)
@@ -64,6 +65,6 @@ class LinkEstimate:
         if not self._told_apart:
             self._s_per_byte = mean_s / mean_bytes / 2
         self._s_per_byte = min(self._s_per_byte, mean_s / mean_bytes)
-        self._latency_s = mean_s - self._s_per_byte * mean_bytes
+        self._latency_s = max(_TICK_S, mean_s - self._s_per_byte * mean_bytes)
         ratios = sorted(took / self._expected_s(length) for length, took in self._reads)
         self._late_ratio = ratios[len(ratios) * LATE_PERCENTILE // 100]
