@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 from kvstore.backends.contract import Buffer
 from kvstore.errors import MisconfiguredError
@@ -48,7 +49,9 @@ def byte_views(parts: Sequence[Buffer]) -> list[memoryview]:
         ) from None
 
 
+@lru_cache(maxsize=1024)
 def _fault_of(name: str) -> str | None:
+    """What is wrong with a name. Cached: chunks are read in many ranges."""
     try:
         name_bytes = len(name.encode())
     except UnicodeEncodeError:

@@ -7,12 +7,13 @@ and a proxy that read a head differently, bytes of one answer become those of an
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 HEAD_BYTES_MAX = 1 << 16
-_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: [^\r\n\0]*)?\Z")
-_FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\r\n\0]*)\Z")
+_STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: .*)?\Z")
+_FIELD_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z")
 _LENGTH = re.compile(r"[0-9]{1,19}\Z", re.ASCII)
 # Fields that only one answer to what the body is can have.
 _SINGLE = frozenset({"content-length", "transfer-encoding", "content-range", "etag", "content-encoding"})
@@ -23,8 +24,7 @@ class BadAnswerError(Exception):
     """What came is no HTTP answer to the request; the connection is of no more use."""
 
 
-@dataclass(frozen=True, slots=True)
-class AnswerHead:
+class AnswerHead(NamedTuple):
     """Status and headers of an answer, names in lower case.
 
     body_bytes  length of the body; None where it is sent in pieces or ends with the connection
@@ -39,13 +39,14 @@ class AnswerHead:
     keep_alive: bool
 
 
-def request_head(method: str, target: str, headers: Iterable[tuple[str, str]]) -> bytes:
-    """The head of a request. Raises ValueError for what would end a line early."""
-    lines = [f"{method} {target} HTTP/1.1", *(f"{name}: {value}" for name, value in headers), "", ""]
-    head = "\r\n".join(lines)
-    if head.count("\n") != len(lines) - 1 or head.count("\r") != len(lines) - 1:
+def request_head(method: str, target: str, lines: str) -> bytes:
+    """The head of a request. `lines` are its fields, each `name:value` and a newline.
+
+    Raises ValueError for what would end a line early.
+    """
+    if "\n" in target or "\r" in target or "\r" in lines or "\n\n" in lines:
         raise ValueError("a line break in a request's head")
-    return head.encode("latin-1")
+    return f"{method} {target} HTTP/1.1\n{lines}\n".replace("\n", "\r\n").encode("latin-1")
 
 
 def parse_head(block: bytes, method: str) -> AnswerHead:
@@ -53,8 +54,11 @@ def parse_head(block: bytes, method: str) -> AnswerHead:
 
     Raises BadAnswerError.
     """
-    status_line, *lines = block.split(b"\r\n")
-    match = _STATUS_LINE.match(status_line)
+    text = block.decode("latin-1")
+    lines = text.split("\r\n")
+    if text.count("\n") >= len(lines) or text.count("\r") >= len(lines) or "\0" in text:
+        raise BadAnswerError("its head holds a control character")
+    match = _STATUS_LINE.match(lines[0])
     if match is None:
         raise BadAnswerError("its first line is no status line of HTTP/1")
     status = int(match[2])
@@ -66,26 +70,40 @@ def parse_head(block: bytes, method: str) -> AnswerHead:
         raise BadAnswerError("its content is encoded, which nobody asked for")
     body_bytes = _body_bytes(headers, status, method)
     chunked = bool(codings) and body_bytes != 0
-    options = {option.strip() for option in headers.get("connection", "").lower().split(",")}
-    persistent = "close" not in options and (match[1] == b"1" or "keep-alive" in options)
+    persistent = _is_persistent(headers.get("connection", ""), match[1])
     return AnswerHead(
         status, headers, body_bytes, chunked, persistent and (chunked or body_bytes is not None)
     )
 
 
-def _fields(lines: Iterable[bytes]) -> dict[str, str]:
+def _fields(lines: Sequence[str]) -> dict[str, str]:
     headers: dict[str, str] = {}
-    for line in lines:
-        match = _FIELD.match(line)
-        if match is None:
+    for index in range(1, len(lines)):
+        raw_name, colon, value = lines[index].partition(":")
+        name = _field_name(raw_name)
+        if not colon or not name:
             raise BadAnswerError("a line of its head is no header field")
-        name, value = match[1].decode("ascii").lower(), match[2].decode("latin-1").strip(" \t")
+        value = value.strip(" \t")
         if name in headers:
             if name in _SINGLE and headers[name] != value:
                 raise BadAnswerError(f"it has two different values of {name}")
             value = value if name in _SINGLE else f"{headers[name]}, {value}"
         headers[name] = value
     return headers
+
+
+@lru_cache(maxsize=256)
+def _field_name(raw: str) -> str:
+    """The name in lower case; empty if it is none. Cached: a server sends the same ones every time."""
+    return raw.lower() if _FIELD_NAME.match(raw) else ""
+
+
+def _is_persistent(connection: str, minor_version: str) -> bool:
+    """Whether the connection stays open: its options, and the 1 or 0 of HTTP/1.1 or 1.0."""
+    if not connection:
+        return minor_version == "1"
+    options = {option.strip() for option in connection.lower().split(",")}
+    return "close" not in options and (minor_version == "1" or "keep-alive" in options)
 
 
 def _body_bytes(headers: Mapping[str, str], status: int, method: str) -> int | None:

@@ -22,7 +22,17 @@ from kvstore.backends.s3 import S3Options
 from kvstore.errors import KVStoreError, MisconfiguredError, RetryableError
 from kvstore.masking import without_user
 
-__all__ = ["ClientError", "is_absence", "raise_refused", "refusal", "setting_up", "status_of", "translated"]
+__all__ = [
+    "FOREIGN",
+    "ClientError",
+    "failure",
+    "is_absence",
+    "raise_refused",
+    "refusal",
+    "setting_up",
+    "status_of",
+    "translated",
+]
 
 NOT_FOUND = 404
 PRECONDITION_FAILED = 412
@@ -31,8 +41,8 @@ _RETRYABLE_STATUS = (408, 409, 425, 429)
 _BAD_REQUEST = 400
 _SERVER_ERROR = 500
 
-# ValueError: a header of an answer that botocore cannot parse.
-_FOREIGN = (
+# What libraries and sockets raise. ValueError: a header of an answer that botocore cannot parse.
+FOREIGN = (
     boto.BotoCoreError,
     ClientError,
     ResponseParserError,
@@ -138,8 +148,8 @@ def translated(options: S3Options, action: str) -> Iterator[None]:
         yield
     except ClientError as error:
         raise refusal(_what(options, action), code_of(error), status_of(error), _region_of(error)) from error
-    except _FOREIGN as error:
-        raise _failure(_what(options, action), error) from error
+    except FOREIGN as error:
+        raise failure(options, action, error) from error
 
 
 @contextlib.contextmanager
@@ -150,12 +160,17 @@ def setting_up(options: S3Options) -> Iterator[None]:
         yield
     except ValueError as error:
         raise MisconfiguredError(f"{what}; {_SETTINGS_FIX}") from error
-    except _FOREIGN as error:
+    except FOREIGN as error:
         raise _failure(what, error) from error
 
 
 def _what(options: S3Options, action: str) -> str:
     return f"cannot {action} in {options.location}"
+
+
+def failure(options: S3Options, action: str, error: Exception) -> KVStoreError:
+    """What one of FOREIGN means to the contract, when it is no refusal. `action` says what was tried."""
+    return _failure(_what(options, action), error)
 
 
 def raise_refused(options: S3Options, refused: Sequence[Mapping[str, Any]]) -> None:

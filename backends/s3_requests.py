@@ -1,19 +1,20 @@
-"""S3's object requests on sockets: one blocking call a request. Importing this imports botocore."""
+"""S3's object requests on sockets. Importing this imports botocore."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from email.utils import parsedate_to_datetime
 from typing import Literal, NamedTuple
 
 from kvstore.backends import s3_errors
-from kvstore.backends.blocking import Caller
+from kvstore.backends.connecting import HostAddresses
 from kvstore.backends.connection_pool import ConnectionPool
 from kvstore.backends.contract import ABSENT, Absent, ObjectInfo, PutResult, PutStatus, ReadResult
 from kvstore.backends.http_connection import Connection
 from kvstore.backends.http_message import AnswerHead, request_head
+from kvstore.backends.lane import Lane
+from kvstore.backends.route import Route
 from kvstore.backends.s3 import S3Options
 from kvstore.backends.s3_answers import answered_range
 from kvstore.backends.sigv4 import Credentials, Signer, encoded_path
@@ -38,16 +39,6 @@ class OtherRegionError(Exception):
         self.region = region
 
 
-class _Request(NamedTuple):
-    """`what` says it for people; `headers` are to be signed."""
-
-    method: str
-    name: str
-    what: str
-    headers: Sequence[tuple[str, str]] = ()
-    parts: Sequence[memoryview] = ()
-
-
 class _Refusal(NamedTuple):
     status: int
     code: str
@@ -55,30 +46,42 @@ class _Refusal(NamedTuple):
 
 
 class S3Requests:
-    """Requests for objects of one bucket. Thread-safe.
+    """Requests for objects of one bucket, as coroutines for lanes.
 
-    pool    connections to the server that has it
+    route   to the server that has it
     folder  path of the bucket on that server: empty where its name is in the host
     region  the one to sign for
 
-    Raises what `Backend` says, and OtherRegionError. Takes the `Caller` of the work it does: buffers
-    are borrowed only while the socket reads or writes them, and cancelling shuts the socket down.
+    Raises what `Backend` says, and OtherRegionError. Buffers are only touched between two waits of
+    the lane, so a job that the lane has ended has let go of them.
     """
 
-    def __init__(self, options: S3Options, pool: ConnectionPool, folder: str, region: str) -> None:
-        self.pool = pool
+    def __init__(self, options: S3Options, route: Route, folder: str, region: str) -> None:
         self.region = region
         self._options = options
+        self._route = route
         self._folder = folder
-        self._signer = Signer(pool.server.authority, region)
+        self._signer = Signer(route.server.authority, region)
+        self._addresses = HostAddresses(*route.first_hop)
+        self._pools: dict[Lane, ConnectionPool] = {}
         # A proxy is given requests whole, unless it only tunnels TLS through.
-        whole = pool.proxy is not None and not pool.server.encrypted
-        self._origin = f"{pool.server.scheme}://{pool.server.authority}" if whole else ""
-        self._proxy_headers = pool.proxy.headers if pool.proxy is not None and whole else []
+        whole = route.proxy is not None and not route.server.encrypted
+        self._origin = f"{route.server.scheme}://{route.server.authority}" if whole else ""
+        self._proxy_lines = route.proxy.header_lines if route.proxy is not None and whole else ""
 
-    def read(
+    @property
+    def open_connections(self) -> int:
+        """How many there are, idle ones and ones in use."""
+        return sum(pool.open_connections for pool in list(self._pools.values()))
+
+    def close(self) -> None:
+        """Have idle connections closed, and others when their request ends."""
+        for lane, pool in list(self._pools.items()):
+            lane.call(pool.close)
+
+    async def read(
         self,
-        caller: Caller,
+        lane: Lane,
         credentials: Credentials,
         name: str,
         offset: int,
@@ -88,20 +91,26 @@ class S3Requests:
     ) -> ReadResult | Literal[Absent.ABSENT] | None:
         """As Backend.read_into; None where the range begins at or past the object's end."""
         headers = [("range", f"bytes={offset}-{offset + len(out) - 1}")]
-        request = _Request("GET", name, f"read {name!r}", headers)
-        with self._answered(caller, credentials, request) as connection:
-            if connection.answer.status in _READ_STATUS:
-                return _receive(caller, connection, offset, out, if_match)
-            refusal = _refusal(connection)
-            if refusal.status == s3_errors.RANGE_NOT_SATISFIABLE:
-                return None
-            if refusal.status == s3_errors.NOT_FOUND and refusal.code != "NoSuchBucket":
-                return ABSENT
-            raise self._error(request, refusal)
+        pool = self._pool(lane)
+        try:
+            connection = await self._answered(pool, credentials, "GET", name, headers=headers)
+            try:
+                if connection.answer.status in _READ_STATUS:
+                    return await _receive(connection, offset, out, if_match)
+                refusal = await _refusal(connection)
+            finally:
+                pool.give_back(connection)
+        except s3_errors.FOREIGN as error:
+            raise s3_errors.failure(self._options, f"read {name!r}", error) from error
+        if refusal.status == s3_errors.RANGE_NOT_SATISFIABLE:
+            return None
+        if refusal.status == s3_errors.NOT_FOUND and refusal.code != "NoSuchBucket":
+            return ABSENT
+        raise self._error(f"read {name!r}", refusal)
 
-    def put(
+    async def put(
         self,
-        caller: Caller,
+        lane: Lane,
         credentials: Credentials,
         name: str,
         parts: Sequence[memoryview],
@@ -115,76 +124,91 @@ class S3Requests:
         ]
         if if_absent:
             headers.append(("if-none-match", "*"))
-        request = _Request("PUT", name, f"write {name!r}", headers, parts)
-        with self._answered(caller, credentials, request) as connection:
-            if connection.answer.status in _SUCCESS:
-                connection.receive_rest(_REFUSAL_BYTES)
-                return PutResult(PutStatus.CREATED, _etag(connection.answer))
-            refusal = _refusal(connection)
-            if if_absent and refusal.status == s3_errors.PRECONDITION_FAILED:
-                return PutResult(PutStatus.EXISTS)
-            raise self._error(request, refusal)
+        pool = self._pool(lane)
+        try:
+            connection = await self._answered(pool, credentials, "PUT", name, headers=headers, parts=parts)
+            try:
+                if connection.answer.status in _SUCCESS:
+                    await connection.receive_rest(_REFUSAL_BYTES)
+                    return PutResult(PutStatus.CREATED, _etag(connection.answer))
+                refusal = await _refusal(connection)
+            finally:
+                pool.give_back(connection)
+        except s3_errors.FOREIGN as error:
+            raise s3_errors.failure(self._options, f"write {name!r}", error) from error
+        if if_absent and refusal.status == s3_errors.PRECONDITION_FAILED:
+            return PutResult(PutStatus.EXISTS)
+        raise self._error(f"write {name!r}", refusal)
 
-    def head(self, caller: Caller, credentials: Credentials, name: str) -> ObjectInfo | None:
+    async def head(self, lane: Lane, credentials: Credentials, name: str) -> ObjectInfo | None:
         """As Backend.head."""
-        request = _Request("HEAD", name, f"look at {name!r}")
-        with self._answered(caller, credentials, request) as connection:
-            if connection.answer.status == _OK:
-                return _describe(name, connection.answer)
-            refusal = _refusal(connection)
-            if refusal.status == s3_errors.NOT_FOUND:
-                return None
-            raise self._error(request, refusal)
+        pool = self._pool(lane)
+        try:
+            connection = await self._answered(pool, credentials, "HEAD", name)
+            try:
+                if connection.answer.status == _OK:
+                    return _describe(name, connection.answer)
+                refusal = await _refusal(connection)
+            finally:
+                pool.give_back(connection)
+        except s3_errors.FOREIGN as error:
+            raise s3_errors.failure(self._options, f"look at {name!r}", error) from error
+        if refusal.status == s3_errors.NOT_FOUND:
+            return None
+        raise self._error(f"look at {name!r}", refusal)
 
-    @contextmanager
-    def _answered(self, caller: Caller, credentials: Credentials, request: _Request) -> Iterator[Connection]:
-        """Send a request and give the connection that has received the head of its answer."""
-        path = encoded_path(self._folder, request.name)
-        signed = self._signer.headers(request.method, path, credentials, request.headers)
-        head = request_head(request.method, f"{self._origin}{path}", [*signed, *self._proxy_headers])
-        fresh = False
-        with s3_errors.translated(self._options, request.what):
-            while True:
-                with self.pool.connection(fresh=fresh) as connection:
-                    fresh = connection.answers == 0
-                    caller.interrupt_with(connection.interrupt)
-                    try:
-                        _exchange(caller, connection, head, request)
-                    except ConnectionError:
-                        caller.check()
-                        # A server may close an idle connection just when it is used again.
-                        if fresh:
-                            raise
-                        fresh = True
-                        continue
-                    try:
-                        yield connection
-                    finally:
-                        caller.interrupt_with(None)
-                    return
+    async def _answered(
+        self,
+        pool: ConnectionPool,
+        credentials: Credentials,
+        method: str,
+        name: str,
+        *,
+        headers: Sequence[tuple[str, str]] = (),
+        parts: Sequence[memoryview] = (),
+    ) -> Connection:
+        """Send a request; the connection that has received the head of its answer. To be given back."""
+        path = encoded_path(self._folder, name)
+        lines = self._signer.lines(method, path, credentials, headers) + self._proxy_lines
+        head = request_head(method, f"{self._origin}{path}", lines)
+        connection = pool.take_idle()
+        if connection is not None:
+            try:
+                await connection.exchange(method, head, parts)
+            except ConnectionError:
+                # A server may close an idle connection just when it is used again.
+                pool.give_back(connection)
+            except BaseException:
+                pool.give_back(connection)
+                raise
+            else:
+                return connection
+        connection = await pool.connect()
+        try:
+            await connection.exchange(method, head, parts)
+        except BaseException:
+            pool.give_back(connection)
+            raise
+        return connection
 
-    def _error(self, request: _Request, refusal: _Refusal) -> Exception:
+    def _pool(self, lane: Lane) -> ConnectionPool:
+        pool = self._pools.get(lane)
+        if pool is None:
+            pool = self._pools[lane] = ConnectionPool(lane, self._route, self._addresses)
+        return pool
+
+    def _error(self, action: str, refusal: _Refusal) -> Exception:
         if refusal.region and refusal.region != self.region:
             return OtherRegionError(refusal.region)
         return s3_errors.refusal(
-            f"cannot {request.what} in {self._options.location}",
+            f"cannot {action} in {self._options.location}",
             refusal.code or str(refusal.status),
             refusal.status,
             refusal.region,
         )
 
 
-def _exchange(caller: Caller, connection: Connection, head: bytes, request: _Request) -> None:
-    if not request.parts:
-        connection.exchange(request.method, head)
-        return
-    with caller.buffers():
-        connection.exchange(request.method, head, request.parts)
-
-
-def _receive(
-    caller: Caller, connection: Connection, offset: int, out: memoryview, if_match: str | None
-) -> ReadResult:
+async def _receive(connection: Connection, offset: int, out: memoryview, if_match: str | None) -> ReadResult:
     answer = connection.answer
     etag = _etag(answer)
     described = answer.headers.get("content-range", "")
@@ -192,24 +216,22 @@ def _receive(
     if if_match is not None and if_match != etag:
         return ReadResult(0, found.object_bytes, etag)
     if found.length:
-        _skip(caller, connection, found.skipped_bytes)
-        with caller.buffers():
-            connection.receive_into(out[: found.length])
+        await _skip(connection, found.skipped_bytes)
+        await connection.receive_into(out[: found.length])
     return ReadResult(found.length, found.object_bytes, etag)
 
 
-def _skip(caller: Caller, connection: Connection, count: int) -> None:
+async def _skip(connection: Connection, count: int) -> None:
     scratch = memoryview(bytearray(min(count, _SKIP_BYTES)))
     while count:
-        caller.check()
         piece = scratch[:count]
-        connection.receive_into(piece)
+        await connection.receive_into(piece)
         count -= len(piece)
 
 
-def _refusal(connection: Connection) -> _Refusal:
+async def _refusal(connection: Connection) -> _Refusal:
     answer = connection.answer
-    body = connection.receive_rest(_REFUSAL_BYTES)
+    body = await connection.receive_rest(_REFUSAL_BYTES)
     code = _CODE.search(body)
     element = _REGION_ELEMENT.search(body)
     region = answer.headers.get("x-amz-bucket-region", "")

@@ -10,15 +10,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from kvstore.backends.arguments import byte_views, check_name, check_range
-from kvstore.backends.blocking import BlockingCalls, Caller
-from kvstore.backends.connection_pool import ConnectionPool, Server, proxy_for
 from kvstore.backends.contract import ABSENT, Absent, Buffer, Capabilities, ObjectInfo, PutResult, ReadResult
+from kvstore.backends.lane import Lane
+from kvstore.backends.lanes import Lanes
+from kvstore.backends.route import Route, Server, proxy_for
 from kvstore.backends.s3 import Located, S3Backend, S3Options, has_failed
 from kvstore.backends.sigv4 import Credentials
 from kvstore.errors import MisconfiguredError, RetryableError
@@ -28,7 +29,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 CREDENTIALS_S = 5.0
+# What a request costs that moves next to nothing, as so many bytes.
+_REQUEST_BYTES = 1 << 16
 _log = logging.getLogger("kvstore.s3")
+_Make = Callable[["S3Requests", Lane, Credentials], Coroutine[Any, Any, T]]
 
 
 class Wiring:
@@ -40,11 +44,17 @@ class Wiring:
         self._fetched: Credentials | None = None
         self._fetched_s = 0.0
 
+    def fresh_credentials(self) -> Credentials | None:
+        """What to sign with, if boto's chain was asked a moment ago."""
+        return self._fetched if time.monotonic() - self._fetched_s < CREDENTIALS_S else None
+
     async def current_credentials(self) -> Credentials:
         """What to sign with now. Boto's chain, which refreshes them in good time, is asked rarely."""
-        now_s = time.monotonic()
-        if self._fetched is None or now_s - self._fetched_s > CREDENTIALS_S:
-            self._fetched, self._fetched_s = await self._fetch(), now_s
+        asked_s = time.monotonic()
+        fetched = await self._fetch()
+        if fetched != self._fetched:
+            self._fetched = fetched
+        self._fetched_s = asked_s
         return self._fetched
 
 
@@ -58,8 +68,9 @@ class S3SocketBackend:
     def __init__(self, options: S3Options) -> None:
         self._options = options
         self._control = S3Backend(options)
-        self._calls = BlockingCalls(options.max_connections, f"the backend of {options.location}")
-        self._wiring: asyncio.Task[Wiring] | None = None
+        self._lanes = Lanes(options.max_connections, f"the backend of {options.location}")
+        self._wiring: Wiring | None = None
+        self._finding: asyncio.Task[Wiring] | None = None
         self._moving = asyncio.Lock()
 
     @property
@@ -75,9 +86,7 @@ class S3SocketBackend:
     @property
     def open_connections(self) -> int:
         """How many connections for objects are open."""
-        if self._wiring is None or not self._wiring.done() or self._wiring.exception() is not None:
-            return 0
-        return self._wiring.result().requests.pool.open_connections
+        return 0 if self._wiring is None else self._wiring.requests.open_connections
 
     async def read_into(
         self, name: str, offset: int, out: memoryview, *, if_match: str | None = None
@@ -86,9 +95,10 @@ class S3SocketBackend:
         check_name(name)
         check_range(offset, out)
         result = await self._request(
-            lambda requests, caller, credentials: requests.read(
-                caller, credentials, name, offset, out, if_match=if_match
-            )
+            lambda requests, lane, credentials: requests.read(
+                lane, credentials, name, offset, out, if_match=if_match
+            ),
+            len(out),
         )
         return await self._read_past_the_end(name, offset) if result is None else result
 
@@ -106,16 +116,17 @@ class S3SocketBackend:
         check_name(name)
         views = byte_views(parts)
         return await self._request(
-            lambda requests, caller, credentials: requests.put(
-                caller, credentials, name, views, if_absent=if_absent
-            )
+            lambda requests, lane, credentials: requests.put(
+                lane, credentials, name, views, if_absent=if_absent
+            ),
+            sum(view.nbytes for view in views),
         )
 
     async def head(self, name: str) -> ObjectInfo | None:
         """See Backend.head. A missing bucket looks like a missing object here."""
         check_name(name)
         return await self._request(
-            lambda requests, caller, credentials: requests.head(caller, credentials, name)
+            lambda requests, lane, credentials: requests.head(lane, credentials, name), 0
         )
 
     async def list(self, prefix: str, *, start_after: str = "") -> AsyncIterator[ObjectInfo]:
@@ -133,40 +144,41 @@ class S3SocketBackend:
 
     async def close(self) -> None:
         """See Backend.close."""
-        await self._calls.close()
-        if self._wiring is not None and self._wiring.done() and self._wiring.exception() is None:
-            self._wiring.result().requests.pool.close()
+        if self._wiring is not None:
+            self._wiring.requests.close()
+        await self._lanes.close()
         await self._control.close()
 
-    async def _request(self, make: Callable[[S3Requests, Caller, Credentials], T]) -> T:
-        wiring = await self._wired()
+    async def _request(self, make: _Make[T], moved_bytes: int) -> T:
+        wiring = self._wiring or await self._wired()
         from kvstore.backends.s3_requests import OtherRegionError
 
         try:
-            return await self._send(wiring, make)
+            return await self._send(wiring, make, moved_bytes)
         except OtherRegionError as other:
             wiring = await self._move(wiring, other.region)
         try:
-            return await self._send(wiring, make)
+            return await self._send(wiring, make, moved_bytes)
         except OtherRegionError as other:
             raise MisconfiguredError(
                 f"{self.location} is said to be in region {other.region} as well as in "
                 f"{wiring.requests.region}; set KVSTORE_REGION to the right one"
             ) from None
 
-    async def _send(self, wiring: Wiring, make: Callable[[S3Requests, Caller, Credentials], T]) -> T:
-        credentials = await wiring.current_credentials()
-        return await self._calls.run(lambda caller: make(wiring.requests, caller, credentials))
+    async def _send(self, wiring: Wiring, make: _Make[T], moved_bytes: int) -> T:
+        credentials = wiring.fresh_credentials() or await wiring.current_credentials()
+        return await self._lanes.run(
+            lambda lane: make(wiring.requests, lane, credentials), _REQUEST_BYTES + moved_bytes
+        )
 
     async def _wired(self) -> Wiring:
         """Where requests go. The first caller finds out; that goes on when it is cancelled."""
-        if self._wiring is not None and self._wiring.done() and not has_failed(self._wiring):
-            return self._wiring.result()
-        if self._wiring is None or has_failed(self._wiring):
-            self._wiring = asyncio.create_task(self._wire())
+        if self._finding is None or has_failed(self._finding):
+            self._finding = asyncio.create_task(self._wire())
             # Looks at its exception, which asyncio would report as lost if every caller has left.
-            self._wiring.add_done_callback(has_failed)
-        return await asyncio.shield(self._wiring)
+            self._finding.add_done_callback(has_failed)
+        self._wiring = await asyncio.shield(self._finding)
+        return self._wiring
 
     async def _wire(self) -> Wiring:
         located = await self._control.locate()
@@ -182,8 +194,8 @@ class S3SocketBackend:
             _log.info("%s is in region %s, not in %s", self.location, region, seen.requests.region)
             control = self._control
             self._control = S3Backend(replace(self._options, region=region))
-            self._wiring = None
-            seen.requests.pool.close()
+            self._wiring = self._finding = None
+            seen.requests.close()
             await control.close()
             return await self._wired()
 
@@ -193,12 +205,12 @@ def _wire(options: S3Options, located: Located) -> Wiring:
     from kvstore.backends.s3_requests import S3Requests
 
     server = Server.of(located.url)
-    pool = ConnectionPool(
+    route = Route(
         server,
         proxy_for(server),
         tls_context(options) if server.encrypted else None,
-        connect_timeout_s=options.connect_timeout_s,
-        read_timeout_s=options.read_timeout_s,
+        options.connect_timeout_s,
+        options.read_timeout_s,
     )
     folder = urlsplit(located.url).path.rstrip("/")
-    return Wiring(S3Requests(options, pool, folder, located.region), located.credentials)
+    return Wiring(S3Requests(options, route, folder, located.region), located.credentials)

@@ -11,6 +11,8 @@ import hmac
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 from urllib.parse import quote
 
 UNSIGNED_BODY = "UNSIGNED-PAYLOAD"
@@ -29,6 +31,16 @@ class Credentials:
         return "Credentials(****)"
 
 
+class _Second(NamedTuple):
+    """What all signatures of one second have in common."""
+
+    clock_s: int
+    credentials: Credentials
+    stamp: str
+    scope: str
+    key: hmac.HMAC
+
+
 class Signer:
     """Signs requests to one host and region. Thread-safe: it only caches what anyone would compute.
 
@@ -40,52 +52,60 @@ class Signer:
         self._host = host
         self._region = region
         self._clock = clock
-        self._key: tuple[str, Credentials, bytes] | None = None
+        self._latest: _Second | None = None
 
-    def headers(
+    def lines(
         self,
         method: str,
         path: str,
         credentials: Credentials,
         headers: Sequence[tuple[str, str]] = (),
-    ) -> list[tuple[str, str]]:
-        """All headers the request must have, the signature among them.
+    ) -> str:
+        """All header lines that the request must have, each `name:value` and a newline; the signature last.
 
         path     percent-encoded, as it is sent, without a query
         headers  further ones to sign, names in lower case, values without spaces around them
         """
-        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(self._clock()))
-        signed = [
+        second = self._second(credentials)
+        fields = [
             ("host", self._host),
             ("x-amz-content-sha256", UNSIGNED_BODY),
-            ("x-amz-date", stamp),
+            ("x-amz-date", second.stamp),
             *headers,
         ]
         if credentials.token:
-            signed.append(("x-amz-security-token", credentials.token))
-        signed.sort()
-        names = ";".join(name for name, _ in signed)
-        lines = "".join(f"{name}:{value}\n" for name, value in signed)
+            fields.append(("x-amz-security-token", credentials.token))
+        fields.sort()
+        names = ";".join([name for name, _ in fields])
+        lines = "".join([f"{name}:{value}\n" for name, value in fields])
         request = f"{method}\n{path}\n\n{lines}\n{names}\n{UNSIGNED_BODY}"
-        scope = f"{stamp[:8]}/{self._region}/s3/aws4_request"
         digest = hashlib.sha256(request.encode()).hexdigest()
-        key = self._signing_key(stamp[:8], credentials)
-        signature = hmac.digest(key, f"{_ALGORITHM}\n{stamp}\n{scope}\n{digest}".encode(), "sha256").hex()
-        proof = f"Credential={credentials.access_key}/{scope}, SignedHeaders={names}, Signature={signature}"
-        return [*signed, ("authorization", f"{_ALGORITHM} {proof}")]
+        signing = second.key.copy()
+        signing.update(f"{_ALGORITHM}\n{second.stamp}\n{second.scope}\n{digest}".encode())
+        return (
+            f"{lines}authorization:{_ALGORITHM} Credential={credentials.access_key}/{second.scope}, "
+            f"SignedHeaders={names}, Signature={signing.hexdigest()}\n"
+        )
 
-    def _signing_key(self, day: str, credentials: Credentials) -> bytes:
-        """Derived from the secret, the same for a day."""
-        cached = self._key
-        if cached is not None and cached[0] == day and cached[1] == credentials:
-            return cached[2]
+    def _second(self, credentials: Credentials) -> _Second:
+        now_s = int(self._clock())
+        latest = self._latest
+        if latest is not None and latest.clock_s == now_s and latest.credentials is credentials:
+            return latest
+        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(now_s))
+        day = stamp[:8]
         key = f"AWS4{credentials.secret_key}".encode()
         for part in (day, self._region, "s3", "aws4_request"):
             key = hmac.digest(key, part.encode(), "sha256")
-        self._key = (day, credentials, key)
-        return key
+        scope = f"{day}/{self._region}/s3/aws4_request"
+        self._latest = _Second(now_s, credentials, stamp, scope, hmac.new(key, digestmod="sha256"))
+        return self._latest
 
 
+@lru_cache(maxsize=1024)
 def encoded_path(folder: str, name: str) -> str:
-    """The path of object `name` below the path `folder`, percent-encoded once as S3 wants it."""
+    """The path of object `name` below the path `folder`, percent-encoded once as S3 wants it.
+
+    Cached: chunks are read in many ranges.
+    """
     return f"{folder}/{quote(name, safe='/-_.~')}"
