@@ -112,7 +112,7 @@ class Settings(BaseSettings):
     )
     ca_bundle: Annotated[str, AfterValidator(_check_file)] = Field(
         "",
-        description="a file of certificate authorities for https; empty for AWS_CA_BUNDLE or the system's own",
+        description="a file of certificate authorities for https; empty for AWS_CA_BUNDLE's or the system's",
     )
     memory_bytes: Bytes = Field(
         ByteSize(1 << 30), description="a size such as 512MiB or 8GiB: host memory that keeps chunks"
