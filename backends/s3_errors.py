@@ -95,7 +95,7 @@ _SETTINGS_FIX = (
     "and the AWS_ variables"
 )
 _TLS_FIX = (
-    "set AWS_CA_BUNDLE to the certificate authority of the store, "
+    "set KVSTORE_CA_BUNDLE to a file with the certificate authority of the store, "
     "or KVSTORE_ENDPOINT_URL to a URL whose host its certificate names"
 )
 _REGION = re.compile(r"[a-z0-9-]{1,40}\Z")
