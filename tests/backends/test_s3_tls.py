@@ -110,13 +110,13 @@ def test_a_put_goes_through_tls_whole(plane, authority):
 
 def test_an_authority_nobody_was_told_of_is_refused(plane, authority):
     message = refused(plane, authority.server("127.0.0.1"))
-    assert "AWS_CA_BUNDLE" in message
+    assert "KVSTORE_CA_BUNDLE" in message
 
 
 def test_another_authority_of_the_same_name_is_refused(plane, authority, tmp_path):
     (tmp_path / "other").mkdir()
     message = refused(plane, authority.server("127.0.0.1"), Authority(tmp_path / "other").bundle)
-    assert "AWS_CA_BUNDLE" in message
+    assert "KVSTORE_CA_BUNDLE" in message
 
 
 @pytest.mark.parametrize("host", ["other.example", "127.0.0.2"])
@@ -144,6 +144,6 @@ def test_a_bundle_that_is_none_is_named(plane, scheme, told_by, monkeypatch, tmp
             with pytest.raises(MisconfiguredError) as caught:
                 await contents(plane, f"{scheme}://127.0.0.1:1", bundle if told_by == "option" else "")
             assert str(bundle) in str(caught.value)
-            assert "AWS_CA_BUNDLE" in str(caught.value)
+            assert "KVSTORE_CA_BUNDLE" in str(caught.value)
 
     asyncio.run(scenario())
