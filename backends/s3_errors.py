@@ -148,7 +148,8 @@ def translated(options: S3Options, action: str) -> Iterator[None]:
         yield
     except ClientError as error:
         raise refusal(_what(options, action), code_of(error), status_of(error), _region_of(error)) from error
-    except FOREIGN as error:
+    except (*FOREIGN, RuntimeError) as error:
+        # RuntimeError: what botocore raises for credentials that are expired when they come.
         raise failure(options, action, error) from error
 
 
@@ -246,4 +247,4 @@ def _failure(what: str, error: Exception) -> KVStoreError:
         return MisconfiguredError(f"{quoted}; {_SETTINGS_FIX}")
     if isinstance(error, _TRANSPORT_ERRORS):
         return RetryableError(f"{quoted}; if it stays like that, check KVSTORE_ENDPOINT_URL and the network")
-    return RetryableError(f"{what}: {kind}")
+    return RetryableError(quoted if isinstance(error, RuntimeError) else f"{what}: {kind}")
