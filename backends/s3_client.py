@@ -159,6 +159,6 @@ def tls_context(options: S3Options) -> ssl.SSLContext:
     except OSError as error:
         raise MisconfiguredError(
             f"cannot read certificate authorities from {bundle or get_cert_path(verify=True)}: "
-            f"{error.strerror or error}; set KVSTORE_CA_BUNDLE, or AWS_CA_BUNDLE, to a file of PEM certificates"
+            f"{error.strerror or error}; set KVSTORE_CA_BUNDLE or AWS_CA_BUNDLE to a file of PEM certificates"
         ) from error
     return context
