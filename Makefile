@@ -1,32 +1,60 @@
-# One .venv serves every target; it is rebuilt when the project's requirements change.
+# One .venv serves every target; it is rebuilt when the project's requirements change. Benchmarks that
+# compare with other libraries have another: botocore signs and checks differently where awscrt is.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+BENCH_VENV := .cache/bench
+BENCH_STAMP := $(BENCH_VENV)/.installed
+BENCH_ALONE := read_path
+
+define CHECK_PYTHON
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "kvstore needs Python 3.11 or newer, $(PYTHON) is older; try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint types clean
+.PHONY: help demo test test-integration s3-up s3-down bench lint types clean
 
 help: ## Show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 $(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "kvstore needs Python 3.11 or newer, $(PYTHON) is older; try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(CHECK_PYTHON)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "Installing into $(VENV) (once; about a minute, torch included)..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[transformers,dev]'
+	@echo "Installing into $(VENV) (once; about a minute, torch included)..." >&2
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[transformers,dev]' >&2
 	@touch $@
 
 demo: $(STAMP) ## A model's KV cache goes through S3 and comes back (TEXT=file, MODEL=folder)
-	@$(BIN)/python -m examples.demo $(if $(TEXT),--text '$(TEXT)') $(if $(MODEL),--model '$(MODEL)')
+	@$(BIN)/python -m examples.demo $(if $(TEXT),--text "$$TEXT") $(if $(MODEL),--model "$$MODEL")
 
 test: $(STAMP) ## Run the test suite
 	@$(BIN)/python -m pytest $(ARGS)
 
-bench: $(STAMP) ## Run one benchmark: NAME=roundtrip
-	@test -n '$(NAME)' || { echo "usage: make bench NAME=x, x one of: $$(ls benchmarks | sed -n 's/^\([a-z].*\)\.py$$/\1/p' | tr '\n' ' ')"; exit 2; }
-	@$(BIN)/python -m benchmarks.$(NAME) $(ARGS)
+test-integration: $(STAMP) ## The suite on Ceph RGW, LocalStack and moto, which it installs
+	@$(BIN)/python -m localstack install moto rgw localstack nginx
+	@$(BIN)/python -m pytest tests/integration $(ARGS)
+
+s3-up: $(STAMP) ## An S3 on this machine: eval "$(make -s s3-up KIND=moto|rgw|localstack|filesystem)"
+	@test -n '$(KIND)' || { echo "usage: make s3-up KIND=moto|rgw|localstack|filesystem [TLS=1]" >&2; exit 2; }
+	@$(BIN)/python -m localstack up '$(KIND)' $(if $(TLS),--tls)
+
+s3-down: $(STAMP) ## Stop it and remove what it holds (KIND=..., or all)
+	@$(BIN)/python -m localstack down $(KIND)
+
+$(BENCH_STAMP): pyproject.toml constraints.txt
+	$(CHECK_PYTHON)
+	@test -x $(BENCH_VENV)/bin/python || $(PYTHON) -m venv $(BENCH_VENV)
+	@echo "Installing into $(BENCH_VENV) (once)..."
+	@$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	@touch $@
+
+bench: $(if $(filter $(BENCH_ALONE),$(NAME)),$(BENCH_STAMP),$(STAMP)) ## Run one benchmark: NAME=roundtrip; without NAME, lists them
+	@test -n '$(NAME)' || { echo "usage: make bench NAME=x [ARGS=--help], x one of:"; \
+		for file in $$(grep -l 'prog="make bench' benchmarks/*.py); do \
+			printf '  %-14s %s\n' "$$(basename $$file .py)" "$$(sed -n '1s/^"""//p' $$file)"; done; exit 2; }
+	@$(if $(filter $(BENCH_ALONE),$(NAME)),$(BENCH_VENV)/bin,$(BIN))/python -m benchmarks.$(NAME) $(ARGS)
 
 lint: $(STAMP) ## Check style (ruff)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -34,5 +62,6 @@ lint: $(STAMP) ## Check style (ruff)
 types: $(STAMP) ## Check types (mypy strict)
 	@$(BIN)/mypy
 
-clean: ## Remove the virtual environment and caches
+clean: ## Stop stores, remove the virtual environment and caches
+	@if test -d .cache/s3; then $(BIN)/python -m localstack down; fi
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

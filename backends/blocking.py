@@ -143,17 +143,26 @@ class BlockingCalls:
                     await asyncio.wait([freed])
             raise
 
-    async def close(self) -> None:
-        """Wait for running work and end the threads."""
+    async def close(self, timeout_s: float | None = None) -> bool:
+        """Wait for running work and end the threads.
+
+        timeout_s  after that, False: threads that hang are left, and end when what they do ends
+        """
         self._closed = True
         self._all_ended = asyncio.Event()
+        ended = True
         if self._running:
-            await self._all_ended.wait()
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await self._all_ended.wait()
+            except TimeoutError:
+                ended = False
         for _ in self._threads:
             self._queue.put(None)
-        for thread in self._threads:
+        for thread in self._threads if ended else ():
             thread.join()
         self._threads.clear()
+        return ended
 
     def _start_thread(self) -> None:
         loop = asyncio.get_running_loop()

@@ -66,7 +66,10 @@ class PutResult:
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
-    """One object as HEAD and LIST describe it. `modified_s`: seconds since 1970 by the store's clock."""
+    """One object as HEAD and LIST describe it.
+
+    modified_s  seconds since 1970 by the store's clock; HEAD may tell it to the second, LIST more exactly
+    """
 
     name: str
     object_bytes: int

@@ -1,4 +1,4 @@
-"""A wrapper that counts the requests and bytes that pass through it."""
+"""A wrapper that counts the requests that pass through it, and the bytes written."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Literal
 
 from kvstore.backends.contract import (
-    ABSENT,
     Absent,
     Backend,
     Buffer,
@@ -24,7 +23,11 @@ class MeteredBackend:
 
     def __init__(self, inner: Backend, metrics: Metrics) -> None:
         self._inner = inner
-        self._metrics = metrics
+        self._requests = {
+            operation: metrics.requests.labels(operation)
+            for operation in ("get", "put", "head", "list", "delete")
+        }
+        self._written = metrics.bytes.labels("backend", "write")
 
     @property
     def capabilities(self) -> Capabilities:
@@ -41,17 +44,14 @@ class MeteredBackend:
     ) -> ReadResult | Literal[Absent.ABSENT]:
         """See Backend.read_into."""
         self._count("get")
-        result = await self._inner.read_into(name, offset, out, if_match=if_match)
-        if result is not ABSENT:
-            self._metrics.bytes.labels("get").inc(result.length)
-        return result
+        return await self._inner.read_into(name, offset, out, if_match=if_match)
 
     async def put(self, name: str, parts: Sequence[Buffer], *, if_absent: bool) -> PutResult:
         """See Backend.put."""
         self._count("put")
         result = await self._inner.put(name, parts, if_absent=if_absent)
         if result.status is PutStatus.CREATED:
-            self._metrics.bytes.labels("put").inc(sum(len(part) for part in parts))
+            self._written.inc(sum(len(part) for part in parts))
         return result
 
     async def head(self, name: str) -> ObjectInfo | None:
@@ -78,4 +78,4 @@ class MeteredBackend:
         await self._inner.close()
 
     def _count(self, operation: str) -> None:
-        self._metrics.requests.labels(operation).inc()
+        self._requests[operation].inc()

@@ -6,8 +6,29 @@ import json
 import os
 import platform
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds by the clock and of this process's CPU, over all its threads."""
+
+    wall_s: float
+    cpu_s: float
+
+
+@contextmanager
+def timed() -> Iterator[Callable[[], Timing]]:
+    """Time a block: what it yields tells, after the block, how long it took."""
+    result: list[Timing] = []
+    wall_s, cpu_s = time.perf_counter(), time.process_time()
+    yield lambda: result[0]
+    result.append(Timing(time.perf_counter() - wall_s, time.process_time() - cpu_s))
 
 
 def say(line: str) -> None:

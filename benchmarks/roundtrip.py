@@ -12,18 +12,19 @@ import argparse
 import os
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
-from benchmarks.report import machine, print_result, say
+from benchmarks.pages import HostPages
+from benchmarks.report import Timing, machine, print_result, say, timed
 from kvstore import DType, Durability, KVLayout, KVStore, Namespace, load_settings
+from kvstore.arena import whole_pages
 from kvstore.backends.contract import Backend
 from kvstore.backends.filesystem import FilesystemBackend
 from kvstore.backends.memory import MemoryBackend
-from kvstore.backends.s3 import S3Backend, S3Options
+from kvstore.backends.s3 import S3Options
+from kvstore.backends.s3_socket import S3SocketBackend
 from kvstore.layout import ChunkForm
 from localstack.moto import moto_bucket
 
@@ -33,53 +34,26 @@ FORM = ChunkForm(LAYOUT, LAYOUT.whole)
 DEADLINE_S = 300.0
 
 
-class HostPages:
-    """Pages of an engine on the CPU, as one buffer a layer: the copies a real adapter makes."""
-
-    def __init__(self, chunks: int) -> None:
-        random = os.urandom(FORM.section_bytes)
-        self._layers = [bytearray(random * chunks) for _ in range(LAYOUT.layers)]
-
-    def gather(self, index: int, sections: Sequence[memoryview]) -> None:
-        for layer, section in zip(self._layers, sections, strict=True):
-            section[:] = memoryview(layer)[self._at(index)]
-
-    def scatter(self, layer: int, indices: Sequence[int], sections: Sequence[memoryview]) -> None:
-        for index, section in zip(indices, sections, strict=True):
-            self._layers[layer][self._at(index)] = section
-
-    @staticmethod
-    def _at(index: int) -> slice:
-        return slice(index * FORM.section_bytes, (index + 1) * FORM.section_bytes)
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds by the clock and of this process's CPU."""
-
-    wall_s: float
-    cpu_s: float
-
-
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="make bench NAME=roundtrip", description=__doc__)
     parser.add_argument("--chunks", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=5)
-    arguments = parser.parse_args()
+    parser.add_argument("--backends", nargs="*", choices=BACKENDS, default=list(BACKENDS))
+    options = parser.parse_args(arguments)
     with ExitStack() as stack:
         cases = [
-            Case(stack, name, make, codec, arguments.chunks)
-            for name, make in _backends(stack).items()
+            Case(stack, name, make, codec, options.chunks)
+            for name, make in [(name, BACKENDS[name](stack)) for name in options.backends]
             for codec in ("none", "zstd:1")
         ]
-        for round_ in range(arguments.rounds + 1):
-            say(f"round {round_} of {arguments.rounds}" if round_ else "warming up")
+        for round_ in range(options.rounds + 1):
+            say(f"round {round_} of {options.rounds}" if round_ else "warming up")
             for case in cases:
                 case.run(round_)
         rows = [case.row() for case in cases]
     _print_table(rows)
     print_result(
-        {"machine": machine(), "chunks": arguments.chunks, "chunk_bytes": FORM.raw_bytes, "cases": rows}
+        {"machine": machine(), "chunks": options.chunks, "chunk_bytes": FORM.raw_bytes, "cases": rows}
     )
 
 
@@ -92,12 +66,14 @@ class Case:
         self._name = name
         self._codec = codec
         self._chunks = chunks
-        self._pages = HostPages(chunks)
+        self._pages = HostPages(FORM, chunks)
         self._timings: list[tuple[Timing, Timing]] = []
+        # The upload queue takes at most three quarters of memory.
+        room_bytes = (4 * chunks // 3 + 2) * whole_pages(FORM.raw_bytes)
         settings = load_settings(
             codec=codec,
-            memory_bytes=(chunks + 1) * FORM.raw_bytes,
-            upload_queue_bytes=(chunks + 1) * FORM.raw_bytes,
+            memory_bytes=room_bytes,
+            upload_queue_bytes=room_bytes,
             prefix="roundtrip",
         )
         self._saver = stack.enter_context(KVStore.open(LAYOUT, settings=settings, backend=make()))
@@ -108,14 +84,14 @@ class Case:
         namespace = Namespace("roundtrip", f"{self._codec}/{round_}", LAYOUT, "none")
         chain = self._saver.chain(namespace, range(self._chunks * LAYOUT.chunk_tokens))
         span = range(self._chunks)
-        with _timed() as saved:
+        with timed() as saved:
             outcomes = self._saver.save(chain, span, self._pages, until=Durability.REMOTE).wait(DEADLINE_S)
-        with _timed() as loaded:
+        with timed() as loaded:
             result = self._loader.load(chain, span, self._pages, timeout_s=DEADLINE_S).wait()
         if set(outcomes.values()) != {"stored"} or result.chunks != self._chunks:
             raise SystemExit(f"{self._name}: the round trip failed: {outcomes}, {result.failures}")
         if round_:
-            self._timings.append((saved[0], loaded[0]))
+            self._timings.append((saved(), loaded()))
 
     def row(self) -> dict[str, str | float]:
         """Medians over the rounds."""
@@ -130,9 +106,17 @@ class Case:
         return row
 
 
-def _backends(stack: ExitStack) -> dict[str, Callable[[], Backend]]:
+def _memory(_: ExitStack) -> Callable[[], Backend]:
     memory = MemoryBackend()
+    return lambda: memory
+
+
+def _filesystem(stack: ExitStack) -> Callable[[], Backend]:
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    return lambda: FilesystemBackend(folder)
+
+
+def _s3_moto(stack: ExitStack) -> Callable[[], Backend]:
     bucket = stack.enter_context(moto_bucket())
     os.environ.update({name: value for name, value in bucket.items() if name.startswith("AWS_")})
     options = S3Options(
@@ -140,19 +124,10 @@ def _backends(stack: ExitStack) -> dict[str, Callable[[], Backend]]:
         endpoint_url=bucket["KVSTORE_ENDPOINT_URL"],
         region=bucket["KVSTORE_REGION"],
     )
-    return {
-        "memory": lambda: memory,
-        "filesystem": lambda: FilesystemBackend(folder),
-        "s3-moto": lambda: S3Backend(options),
-    }
+    return lambda: S3SocketBackend(options)
 
 
-@contextmanager
-def _timed() -> Iterator[list[Timing]]:
-    result: list[Timing] = []
-    wall_s, cpu_s = time.perf_counter(), time.process_time()
-    yield result
-    result.append(Timing(time.perf_counter() - wall_s, time.process_time() - cpu_s))
+BACKENDS = {"memory": _memory, "filesystem": _filesystem, "s3-moto": _s3_moto}
 
 
 def _print_table(rows: list[dict[str, str | float]]) -> None:

@@ -11,6 +11,7 @@ import asyncio
 import json
 import os
 import secrets
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,7 +25,7 @@ from rich.table import Table
 
 from examples.demo_arguments import add_task_arguments
 from kvstore.backends.opening import open_backend
-from kvstore.errors import KVStoreError
+from kvstore.errors import KVStoreError, MisconfiguredError
 from kvstore.settings import load_settings
 from localstack.moto import moto_bucket
 
@@ -37,7 +38,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
     add_task_arguments(parser)
     arguments = parser.parse_args()
+    # As Ctrl-C does: what was started is stopped, and what was put into the user's bucket removed.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     console = Console()
+    try:
+        _check_bucket()
+    except MisconfiguredError as error:
+        parser.exit(2, f"demo: {error}\n")
     with _storage(console) as environment, tempfile.TemporaryDirectory() as folder:
         task = ["--logits", f"{folder}/logits", "--text", str(arguments.text)]
         task += ["--model", str(arguments.model)] if arguments.model else []
@@ -51,6 +58,16 @@ def main() -> None:
     console.print(_verdict(result))
     print(json.dumps(result))
     sys.exit(0 if result["identical"] else 1)
+
+
+def _check_bucket() -> None:
+    """Say what is wrong with the settings before anything is started by them."""
+    settings = load_settings()
+    if not open_backend(settings).capabilities.shared:
+        raise MisconfiguredError(
+            f"KVSTORE_BUCKET={settings.bucket!r} is gone with its process, and the demo has two; "
+            "it takes an S3 bucket or file:///folder"
+        )
 
 
 @contextmanager
@@ -132,4 +149,7 @@ def _verdict(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)

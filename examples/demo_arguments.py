@@ -24,5 +24,7 @@ def _file(value: str) -> Path:
 def _folder(value: str) -> Path:
     path = Path(value)
     if not (path / "config.json").is_file():
-        raise argparse.ArgumentTypeError(f"MODEL={value}: takes a folder with config.json and weights")
+        raise argparse.ArgumentTypeError(
+            f"MODEL={value}: takes a folder with config.json, weights and a tokenizer"
+        )
     return path

@@ -34,8 +34,14 @@ def load_task(text: Path, folder: Path | None) -> Task:
         model, encode = _random_llama(), _byte_ids
         title = f"random-weight Llama, {_millions(model)}, 12 layers, 12 heads with 2 of KV"
     else:
-        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise SystemExit(
+                f"demo: MODEL={folder} cannot be loaded, it takes a folder with config.json, weights and a "
+                f"tokenizer: {str(error).splitlines()[0]}"
+            ) from None
         encode = lambda words: tokenizer(words, add_special_tokens=False)["input_ids"]  # noqa: E731
         title = f"{folder.name}, {_millions(model)}"
     ids = encode(document)[:DOCUMENT_TOKENS] + encode(QUESTION)

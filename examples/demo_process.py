@@ -102,8 +102,8 @@ def _traffic(store: Any) -> dict[str, int]:
         "gets": int(value("kvstore_backend_requests_total", operation="get")),
         "heads": int(value("kvstore_backend_requests_total", operation="head")),
         "puts": int(value("kvstore_backend_requests_total", operation="put")),
-        "bytes_read": int(value("kvstore_backend_bytes_total", operation="get")),
-        "bytes_written": int(value("kvstore_backend_bytes_total", operation="put")),
+        "bytes_read": int(value("kvstore_bytes_total", tier="backend", direction="read")),
+        "bytes_written": int(value("kvstore_bytes_total", tier="backend", direction="write")),
         "stored_chunks": int(value("kvstore_saved_chunks_total", outcome="stored")),
     }
 

@@ -42,6 +42,7 @@ class TorchPageCopier:
             for ids, section in zip(page_ids, sections, strict=True):
                 for plane, host in zip(planes, self._host_planes(section), strict=True):
                     _gather_pages(plane.view(self._bits), ids, host)
+        _wait_for_copies(planes[0])
 
     def scatter(
         self,
@@ -60,8 +61,7 @@ class TorchPageCopier:
             for ids, section in zip(page_ids, sections, strict=True):
                 for plane, host in zip(planes, self._host_planes(section), strict=True):
                     _scatter_pages(plane.view(self._bits), ids, host)
-        if planes[0].is_cuda:
-            torch.cuda.current_stream(planes[0].device).synchronize()
+        _wait_for_copies(planes[0])
 
     def _host_planes(self, section: memoryview) -> Iterator[torch.Tensor]:
         """Each plane of a section as integers of shape [pages, *page shape], over the same memory."""
@@ -165,25 +165,31 @@ def _page_shapes(form: ChunkForm) -> tuple[tuple[int, ...], ...]:
 def _gather_pages(plane: torch.Tensor, ids: Sequence[int], host: torch.Tensor) -> None:
     """Copy pages `ids` of `plane` into `host` [len(ids), *page shape]; both integers of one dtype."""
     if _consecutive(ids):
-        host.copy_(plane[ids[0] : ids[0] + len(ids)])
+        host.copy_(plane[ids[0] : ids[0] + len(ids)], non_blocking=True)
         return
     index = torch.tensor(ids, device=plane.device)
     if plane.device == host.device:
         torch.index_select(plane, 0, index, out=host)
     else:
-        host.copy_(plane.index_select(0, index))
+        host.copy_(plane.index_select(0, index), non_blocking=True)
 
 
 def _scatter_pages(plane: torch.Tensor, ids: Sequence[int], host: torch.Tensor) -> None:
     """Copy `host` [len(ids), *page shape] to pages `ids` of `plane`; both integers of one dtype."""
     if _consecutive(ids):
-        plane[ids[0] : ids[0] + len(ids)].copy_(host)
+        plane[ids[0] : ids[0] + len(ids)].copy_(host, non_blocking=True)
     elif plane.device == host.device:
         # On a CPU, index_copy_ takes twice as long as one copy_ a page.
         for row, page in enumerate(ids):
             plane[page].copy_(host[row])
     else:
-        plane.index_copy_(0, torch.tensor(ids, device=plane.device), host.to(plane.device))
+        plane.index_copy_(0, torch.tensor(ids, device=plane.device), host.to(plane.device, non_blocking=True))
+
+
+def _wait_for_copies(plane: torch.Tensor) -> None:
+    """Wait for copies to or from page-locked memory, which go on when the call has returned."""
+    if plane.is_cuda:
+        torch.cuda.current_stream(plane.device).synchronize()
 
 
 def _consecutive(ids: Sequence[int]) -> bool:

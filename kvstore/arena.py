@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import mmap
 import threading
 from collections import deque
@@ -25,10 +26,10 @@ class Slot:
     until the last reference is released, and its bytes are whatever the last holder left.
     """
 
-    __slots__ = ("_arena", "index", "memory", "references")
+    __slots__ = ("arena", "index", "memory", "references")
 
     def __init__(self, arena: Arena, index: int, memory: memoryview) -> None:
-        self._arena = arena
+        self.arena = arena
         self.references = 0  # changed by the arena, under its lock
         self.index = index
         self.memory = memory
@@ -40,12 +41,12 @@ class Slot:
 
     def retain(self) -> Slot:
         """Take one more reference, for another holder."""
-        self._arena.retain(self)
+        self.arena.retain(self)
         return self
 
     def release(self) -> None:
         """Give a reference back; the last one frees the slot."""
-        self._arena.release(self)
+        self.arena.release(self)
 
 
 class Arena:
@@ -62,16 +63,22 @@ class Arena:
         self.slot_bytes = whole_pages(slot_bytes)
         self._evict = evict
         self._lock = threading.Lock()
-        # Pages are touched first when a slot is first used; the last slot freed is the next one
-        # taken, so that the memory in use stays warm and small.
+        # The last slot freed is the next one taken, so that the memory in use stays warm.
         # Private: a forked child has bookkeeping of its own, and must have memory of its own too.
         self._mapping = mmap.mmap(-1, self.slot_bytes * slots, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):
+            self._mapping.madvise(mmap.MADV_HUGEPAGE)  # a wish; not every kernel grants it
         view = memoryview(self._mapping)
         self._slots = tuple(
             Slot(self, i, view[i * self.slot_bytes : (i + 1) * self.slot_bytes]) for i in range(slots)
         )
         self._free = list(reversed(self._slots))
         self._waiters: deque[_Waiter] = deque()
+
+    @property
+    def memory(self) -> memoryview:
+        """All of its memory, slot after slot."""
+        return memoryview(self._mapping)
 
     @property
     def slots(self) -> int:
@@ -83,6 +90,11 @@ class Arena:
         """How many slots nobody holds."""
         with self._lock:
             return len(self._free)
+
+    @property
+    def spare(self) -> bool:
+        """Whether at least half of the slots are free, so that one may be held for a while."""
+        return 2 * self.free >= self.slots
 
     def try_acquire(self) -> Slot | None:
         """A slot with one reference, evicting if need be; None when all are in use. Never waits."""

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import msgpack
 import xxhash
@@ -43,8 +44,7 @@ _CODEC_NAME_BYTES_MAX = 64
 _SECTION = struct.Struct("<IIB16s")
 
 
-@dataclass(frozen=True, slots=True)
-class SectionEntry:
+class SectionEntry(NamedTuple):
     """One section's row in the header.
 
     stored_bytes  bytes in the object, without padding; never more than host_bytes
@@ -85,6 +85,11 @@ class ChunkHeader:
             extents.append(range(start, stop))
             start = stop
         return tuple(extents)
+
+    @cached_property
+    def raw(self) -> bool:
+        """Whether no section is encoded."""
+        return not any(section.codec for section in self.sections)
 
     @property
     def object_bytes(self) -> int:
@@ -311,7 +316,7 @@ def _section(row: tuple[int, int, int, bytes], codecs: int) -> SectionEntry:
     as_is = codec == AS_IS
     if not 0 < stored_bytes <= host_bytes or codec > codecs or (as_is and stored_bytes != host_bytes):
         raise _bad("sections")
-    return SectionEntry(*row)
+    return SectionEntry._make(row)
 
 
 def _bad(name: str) -> MissError:

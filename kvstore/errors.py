@@ -39,6 +39,10 @@ class RetryableError(KVStoreError):
     """The backend could not answer now; the same call may succeed later."""
 
 
+class ThrottledError(RetryableError):
+    """The store asks for fewer requests (SlowDown, 503, 429)."""
+
+
 class MissReason(StrEnum):
     """Why a chunk could not be served. Values are metric labels: append only, never rename."""
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import contextlib
 import os
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
+from kvstore.backends.blocking import BlockingCalls, Caller
 from kvstore.errors import StoreClosedError
 
 T = TypeVar("T")
+_ENGINE_CALLS = 16
 FORKED = "the store was opened in another process; after a fork, open one of the child's own"
 _CLOSED = "the store is closed; open another with KVStore.open"
 
@@ -27,7 +28,8 @@ class EventLoopThread:
 
     def __init__(self, workers: int) -> None:
         self._loop = asyncio.new_event_loop()
-        self._workers = concurrent.futures.ThreadPoolExecutor(workers, "kvstore-worker")
+        self._workers = BlockingCalls(workers, "kvstore-worker")
+        self._engine = BlockingCalls(_ENGINE_CALLS, "kvstore-engine")
         self._submitting = threading.Lock()
         self._closed = False
         self._process = os.getpid()
@@ -75,12 +77,11 @@ class EventLoopThread:
         A cancelled caller still waits for the function to end: it may be writing to memory that
         the caller is about to give back.
         """
-        future = self._loop.run_in_executor(self._workers, function, *arguments)
-        try:
-            return await asyncio.shield(future)
-        except asyncio.CancelledError:
-            await to_its_end(future)
-            raise
+        return await self._workers.run(_holding_buffers(function, arguments))
+
+    async def call_engine(self, function: Callable[..., T], *arguments: Any) -> T:
+        """As `work`, for code that is not the store's and may take its time, or hang."""
+        return await self._engine.run(_holding_buffers(function, arguments))
 
     def close(self, last: Coroutine[Any, Any, None]) -> None:
         """Cancel what still runs and wait for it, run `last`, and end the threads."""
@@ -90,20 +91,35 @@ class EventLoopThread:
         done.result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
-        self._workers.shutdown()
         self._loop.close()
 
-    @staticmethod
-    async def _shut_down(last: Coroutine[Any, Any, None]) -> None:
+    async def _shut_down(self, last: Coroutine[Any, Any, None]) -> None:
         others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
         await last
+        await self._workers.close()
+        await self._engine.close()
 
 
-async def to_its_end(future: asyncio.Future[Any]) -> None:
-    """Wait for `future`, however often the waiting task is cancelled."""
+def _holding_buffers(function: Callable[..., T], arguments: tuple[Any, ...]) -> Callable[[Caller], T]:
+    def run(caller: Caller) -> T:
+        with caller.buffers():
+            return function(*arguments)
+
+    return run
+
+
+async def to_its_end(future: asyncio.Future[Any]) -> bool:
+    """Wait for `future`, however often the waiting task is cancelled; whether it was.
+
+    Whoever goes on afterwards must end as cancelled then.
+    """
+    cancelled = False
     while not future.done():
-        with contextlib.suppress(asyncio.CancelledError):
+        try:
             await asyncio.wait([future])
+        except asyncio.CancelledError:
+            cancelled = True
+    return cancelled

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
@@ -9,7 +10,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
 
-from kvstore.errors import MissReason
+from kvstore.errors import MissReason, StoreClosedError
+from kvstore.event_loop import FORKED
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,15 @@ class LoadResult:
 
 
 class LoadHandle:
-    """A load under way. Every method may be called from any thread.
+    """A load under way. Every method may be called from any thread, of the process that loads.
 
     Pages of chunks that a result does not count may hold anything. Once `wait` or `cancel` has
     returned, nothing writes to pages any more.
     """
 
-    def __init__(self, span: range, layers: int, cancel: Callable[[], None]) -> None:
+    def __init__(
+        self, span: range, layers: int, cancel: Callable[[], None], *, late: Callable[[], None]
+    ) -> None:
         self._span = span
         self._changed = threading.Condition()
         self._layers_ready = 0
@@ -53,6 +57,8 @@ class LoadHandle:
         self._failures: dict[int, MissReason] = {}
         self._done = False
         self._cancel = cancel
+        self._late = late
+        self._process = os.getpid()
 
     @property
     def span(self) -> range:
@@ -65,15 +71,19 @@ class LoadHandle:
         Fewer than the span holds means that later chunks failed: their tokens must be recomputed.
         The count never grows from one call to the next. Raises TimeoutError.
         """
+        self._check_process()
         if not 0 <= layer < self._layers:
             raise IndexError(f"layer {layer} of a load with {self._layers} layers")
         with self._changed:
+            if self._layers_ready <= layer and not self._done:
+                self._late()
             if not self._changed.wait_for(lambda: self._layers_ready > layer or self._done, timeout_s):
                 raise TimeoutError(f"layer {layer} has not arrived within {timeout_s} s")
             return self._leading
 
     def wait(self, timeout_s: float | None = None) -> LoadResult:
         """Wait until every layer of every chunk is in pages or has failed. Raises TimeoutError."""
+        self._check_process()
         with self._changed:
             if not self._changed.wait_for(lambda: self._done, timeout_s):
                 raise TimeoutError(f"the load has not ended within {timeout_s} s")
@@ -81,8 +91,13 @@ class LoadHandle:
 
     def cancel(self) -> LoadResult:
         """Stop the load and wait until nothing writes to pages any more. Safe to repeat."""
+        self._check_process()
         self._cancel()
         return self.wait()
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:
+            raise StoreClosedError(FORKED)
 
     def _set_layers_ready(self, count: int) -> None:
         """Layers [0, count) are in pages for every chunk that has not failed."""
@@ -90,11 +105,14 @@ class LoadHandle:
             self._layers_ready = count
             self._changed.notify_all()
 
-    def _fail(self, index: int, reason: MissReason) -> None:
-        """Chunk `index` will not arrive; nor will those behind it be of use."""
+    def _fail(self, index: int, reason: MissReason) -> bool:
+        """Chunk `index` will not arrive; nor will those behind it be of use. False: that was known."""
         with self._changed:
-            self._failures.setdefault(index, reason)
+            if index in self._failures:
+                return False
+            self._failures[index] = reason
             self._leading = min(self._leading, index - self._span.start)
+            return True
 
     def _finish(self) -> None:
         with self._changed:

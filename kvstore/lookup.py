@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from kvstore.backends.contract import Backend
+from kvstore.disk_tier import DiskTier
 from kvstore.errors import KVStoreError, MissReason
 from kvstore.handles import LookupResult
 from kvstore.keys import ChunkKey, object_name
@@ -43,22 +44,36 @@ def narrow(low: int, high: int, answers: Sequence[tuple[int, bool]]) -> tuple[in
 
 
 @dataclass(frozen=True)
+class Known:
+    """What needs no request: leading chunks by local tier, and the bounds of how many there are in all."""
+
+    by_tier: Mapping[str, int]
+    low: int
+    high: int
+
+
+@dataclass(frozen=True)
 class Lookups:
-    """Answers lookups from the memory tier, then from what is known, then from the backend."""
+    """Answers lookups from the tiers on this machine, then from what is known, then from the backend."""
 
     backend: Backend
     prefix: str
     shard: Shard
     memory: MemoryTier
+    disk: DiskTier | None
     presence: Presence
     metrics: Metrics
     warn: WarnRarely
 
+    def at_once(self, keys: Sequence[ChunkKey]) -> LookupResult | None:
+        """The answer, from any thread, if it takes no request. None: ask `run`."""
+        known = self._known(keys)
+        return self._result(keys, known, known.low, None) if known.low == known.high else None
+
     async def run(self, keys: Sequence[ChunkKey], timeout_s: float) -> LookupResult:
         """Count the leading keys that are present; never raises for trouble with the backend."""
-        in_memory = next((i for i, key in enumerate(keys) if key not in self.memory), len(keys))
-        found = in_memory
-        miss = MissReason.ABSENT
+        known = self._known(keys)
+        found, failure = known.low, None
 
         def note(count: int) -> None:
             nonlocal found
@@ -66,25 +81,44 @@ class Lookups:
 
         try:
             async with asyncio.timeout(timeout_s):
-                await self._probe(keys, in_memory, note)
+                await self._probe(keys, known, note)
         except TimeoutError:
-            miss = MissReason.TIMEOUT
-            self._fail(miss, f"gave no answer within {timeout_s:g} s (KVSTORE_LOOKUP_TIMEOUT_S)")
+            failure = MissReason.TIMEOUT
+            self._fail(failure, f"gave no answer within {timeout_s:g} s (KVSTORE_LOOKUP_TIMEOUT_S)")
         except KVStoreError as error:
-            miss = MissReason.UNREACHABLE
-            self._fail(miss, f"cannot be asked: {error}")
+            failure = MissReason.UNREACHABLE
+            self._fail(failure, f"cannot be asked: {error}")
         except Exception as error:
-            miss = MissReason.INTERNAL_ERROR
-            self._fail(miss, f"cannot be asked because of a defect: {error!r}")
-        by_tier = {"memory": in_memory, "backend": found - in_memory}
-        for tier, chunks in by_tier.items():
-            self.metrics.lookup_chunks.labels(tier).inc(chunks)
-        return LookupResult(found, MappingProxyType(by_tier), miss if found < len(keys) else None)
+            failure = MissReason.INTERNAL_ERROR
+            self._fail(failure, f"cannot be asked because of a defect: {error!r}")
+        return self._result(keys, known, found, failure)
 
-    async def _probe(self, keys: Sequence[ChunkKey], low: int, note: Callable[[int], None]) -> None:
+    def _known(self, keys: Sequence[ChunkKey]) -> Known:
+        by_tier = {"memory": self.memory.leading(keys)}
+        if self.disk is not None:
+            by_tier["disk"] = 0
+            # A prefix may lie partly here and partly there, in any order.
+            while step := self.disk.leading(keys[sum(by_tier.values()) :]):
+                by_tier["disk"] += step
+                by_tier["memory"] += self.memory.leading(keys, sum(by_tier.values()))
+        low, high = self.presence.bounds(keys, sum(by_tier.values()))
+        return Known(by_tier, low, high)
+
+    def _result(
+        self, keys: Sequence[ChunkKey], known: Known, found: int, failure: MissReason | None
+    ) -> LookupResult:
+        by_tier = {**known.by_tier, "backend": found - sum(known.by_tier.values())}
+        for tier, chunks in by_tier.items():
+            if chunks:
+                self.metrics.lookup_chunks.labels(tier).inc(chunks)
+        whole = found == len(keys)
+        self.metrics.lookups.labels("full" if whole else "partial" if found else "none").inc()
+        miss = None if whole else failure or MissReason.ABSENT
+        return LookupResult(found, MappingProxyType(by_tier), miss)
+
+    async def _probe(self, keys: Sequence[ChunkKey], known: Known, note: Callable[[int], None]) -> None:
         """Tell `note` how many leading keys are present, more exactly after each round trip."""
-        low, high = self._known(keys, low)
-        note(low)
+        low, high = known.low, known.high
         while low < high:
             points = probe_points(low, high)
             answers = await self._ask(keys, points)
@@ -93,17 +127,6 @@ class Lookups:
                 # Those in between are not noted: a save must not skip one that is in truth a hole.
                 self.presence.note([keys[i] for i, found in answers if found is here], present=here)
             note(low)
-
-    def _known(self, keys: Sequence[ChunkKey], low: int) -> tuple[int, int]:
-        """The interval that is left without asking anybody."""
-        for index in range(low, len(keys)):
-            known = self.presence.get(keys[index])
-            if known:
-                # It proves those before it too, as prefixes are closed.
-                low = index + 1
-            elif known is False:
-                return low, index
-        return low, len(keys)
 
     async def _ask(self, keys: Sequence[ChunkKey], points: Sequence[int]) -> list[tuple[int, bool]]:
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from kvstore.arena import Arena, Slot
 from kvstore.keys import ChunkKey
@@ -46,6 +46,15 @@ class MemoryTier:
     def __contains__(self, key: ChunkKey) -> bool:
         with self._lock:
             return key.hash in self._slots
+
+    def leading(self, keys: Sequence[ChunkKey], start: int = 0) -> int:
+        """How many of `keys[start:]` are here before the first that is not."""
+        with self._lock:
+            here = self._slots
+            for index in range(start, len(keys)):
+                if keys[index].hash not in here:
+                    return index - start
+        return len(keys) - start
 
     def touch(self, keys: Iterable[ChunkKey]) -> None:
         """Note that a prefix was used; `keys` are its chunks, first chunk first."""

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter
+from collections.abc import Callable
 
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from kvstore.disk_events import Departure, DiskFailure, FillDrop, Half
 from kvstore.errors import MissReason
+
+# From a page cache's reply to a stalled request that runs into its deadline.
+_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
 class Metrics:
-    """Counters of one store, in a registry of its own that an exporter can serve."""
+    """Metrics of one store, in a registry of its own that an exporter can serve."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.lookups = self._counter("lookups", "Lookups, by how much of the chain was found", "result")
         self.lookup_chunks = self._counter("lookup_chunks", "Chunks that lookups found, by tier", "tier")
         self.lookup_failures = self._counter(
             "lookup_failures", "Lookups cut short by a failure, by reason", "reason"
@@ -20,9 +27,77 @@ class Metrics:
         self.missed_chunks = self._counter(
             "missed_chunks", "Chunks that a load asked for and did not get, by reason", "reason"
         )
+        self.corrupt_chunks = self._counter(
+            "corrupt_chunks", "Stored chunks found damaged, by tier and reason", "tier", "reason"
+        )
+        self.late_layers = Counter(
+            "kvstore_late_layers", "Layers that were not in pages yet when asked for", registry=self.registry
+        )
         self.saved_chunks = self._counter("saved_chunks", "Chunks given to save, by outcome", "outcome")
         self.requests = self._counter("backend_requests", "Requests to the backend", "operation")
-        self.bytes = self._counter("backend_bytes", "Bytes to and from the backend", "operation")
+        self.bytes = self._counter("bytes", "Bytes to and from a tier", "tier", "direction")
+        self._retries = self._counter("retries", "Reads and writes tried again, by tier", "tier")
+        self._hedges = self._counter(
+            "hedges", "Late reads sent twice, by which of the two won", "tier", "winner"
+        )
+        self._read_seconds = Histogram(
+            "kvstore_read_seconds",
+            "Ranged reads, from request to last byte",
+            ["tier"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self._reads_in_flight = self._gauge("reads_in_flight", "Ranged reads under way, by tier", "tier")
+        self._reads_limit = self._gauge("reads_limit", "Ranged reads that may be under way now", "tier")
+        self._arena = self._gauge("arena_slots", "Slots of the host arena, by state", "state")
+        self._disk_bytes = Gauge(
+            "kvstore_disk_bytes", "What the disk tier's files take", registry=self.registry
+        )
+        self._disk_departures = self._counter(
+            "disk_departures", "Chunks that left the disk tier, by reason", "reason"
+        )
+        self._disk_drops = self._counter(
+            "disk_drops", "Chunks that did not get into the disk tier, by reason", "reason"
+        )
+        self._disk_failures = self._counter(
+            "disk_failures", "Calls to the disk that failed, by half of the tier and kind", "half", "kind"
+        )
+        self._disk_off = self._gauge("disk_off", "1 while a half of the disk tier is switched off", "half")
+        self._tier_chunks = self._gauge("tier_chunks", "Chunks kept in a local tier", "tier")
+
+    def tier_reads(self, tier: str, in_flight: Callable[[], float], limit: Callable[[], float]) -> TierReads:
+        """The meter of reads from `tier`; the callbacks say how many are under way and may be."""
+        self._reads_in_flight.labels(tier).set_function(in_flight)
+        self._reads_limit.labels(tier).set_function(limit)
+        return TierReads(
+            retries=self._retries.labels(tier),
+            bytes_=self.bytes.labels(tier, "read"),
+            seconds=self._read_seconds.labels(tier),
+            hedges={won: self._hedges.labels(tier, "second" if won else "first") for won in (True, False)},
+        )
+
+    def watch_arena(self, used: Callable[[], float], free: Callable[[], float]) -> None:
+        """Report occupancy of the host arena; the callbacks count slots."""
+        self._arena.labels("used").set_function(used)
+        self._arena.labels("free").set_function(free)
+
+    def watch_tier(self, tier: str, chunks: Callable[[], float]) -> None:
+        """Report how many chunks a local tier keeps."""
+        self._tier_chunks.labels(tier).set_function(chunks)
+
+    def watch_disk(self, occupied_bytes: Callable[[], float]) -> None:
+        """Report how much of the disk the disk tier takes."""
+        self._disk_bytes.set_function(occupied_bytes)
+
+    def disk_events(self) -> DiskMeter:
+        """What counts the disk tier's events."""
+        for half in Half:
+            self._disk_off.labels(half.value).set(0)
+        return DiskMeter(self._disk_departures, self._disk_drops, self._disk_failures, self._disk_off)
+
+    def retried_writes(self) -> Counter:
+        """Counts writes to the backend that are tried again."""
+        return self._retries.labels("backend")
 
     def count_miss(self, reason: MissReason) -> None:
         """One chunk was not served."""
@@ -32,5 +107,55 @@ class Metrics:
         """Current value of a sample such as `kvstore_missed_chunks_total`; 0 before the first event."""
         return self.registry.get_sample_value(name, labels) or 0.0
 
-    def _counter(self, name: str, text: str, label: str) -> Counter:
-        return Counter(f"kvstore_{name}", text, [label], registry=self.registry)
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"kvstore_{name}", text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"kvstore_{name}", text, labels, registry=self.registry)
+
+
+class DiskMeter:
+    """Counts what the disk tier tells. See DiskEvents."""
+
+    def __init__(self, departures: Counter, drops: Counter, failures: Counter, off: Gauge) -> None:
+        self._departures = departures
+        self._drops = drops
+        self._failures = failures
+        self._off = off
+
+    def left(self, why: Departure, chunks: int = 1) -> None:
+        """See DiskEvents."""
+        self._departures.labels(why.value).inc(chunks)
+
+    def fill_dropped(self, why: FillDrop) -> None:
+        """See DiskEvents."""
+        self._drops.labels(why.value).inc()
+
+    def failed(self, half: Half, how: DiskFailure) -> None:
+        """See DiskEvents."""
+        self._failures.labels(half.value, how.value).inc()
+
+    def degraded(self, half: Half, *, off: bool) -> None:
+        """See DiskEvents."""
+        self._off.labels(half.value).set(off)
+
+
+class TierReads:
+    """Children of the metrics of one tier's reads, looked up once: it is noted with every read."""
+
+    def __init__(
+        self, *, retries: Counter, bytes_: Counter, seconds: Histogram, hedges: dict[bool, Counter]
+    ) -> None:
+        self.retries = retries
+        self._bytes = bytes_
+        self._seconds = seconds
+        self._hedges = hedges
+
+    def note(self, length: int, seconds: float) -> None:
+        """A read of `length` bytes took `seconds`."""
+        self._bytes.inc(length)
+        self._seconds.observe(seconds)
+
+    def hedge(self, *, won: bool) -> None:
+        """A late read was sent twice; `won`: the second answered first."""
+        self._hedges[won].inc()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from kvstore.errors import MissReason
 from kvstore.keys import ChunkKey
@@ -51,6 +51,25 @@ class Presence:
         if known is None or known[1] < self._clock():
             return None
         return known[0]
+
+    def bounds(self, keys: Sequence[ChunkKey], low: int) -> tuple[int, int]:
+        """Between how many leading `keys` are present, at least and at most, given that `low` are.
+
+        One seen present proves those before it too, as prefixes are closed.
+        """
+        now = self._clock()
+        with self._lock:
+            for index in range(low, len(keys)):
+                hash_ = keys[index].hash
+                if self._damaged and self._damaged.get(hash_, 0.0) > now:
+                    return low, index
+                known = self._known.get(hash_)
+                if known is None or known[1] < now:
+                    continue
+                if not known[0]:
+                    return low, index
+                low = index + 1
+        return low, len(keys)
 
     def note(self, keys: Iterable[ChunkKey], *, present: bool) -> None:
         """Remember what a request has shown of these chunks."""

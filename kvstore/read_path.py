@@ -8,8 +8,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvstore.arena import Slot
-from kvstore.chunk_fetch import ChunkFetcher
+from kvstore.chunk_fetch import SlotWindow
+from kvstore.chunk_flight import ChunkFlight, ChunkFlights
+from kvstore.disk_tier import DiskTier
 from kvstore.errors import KVStoreError, MissError, MissReason
 from kvstore.event_loop import EventLoopThread, to_its_end
 from kvstore.handles import LoadHandle
@@ -18,10 +19,12 @@ from kvstore.layout import ChunkForm
 from kvstore.memory_tier import MemoryTier
 from kvstore.metrics import Metrics
 from kvstore.pages import PageSink
+from kvstore.plan import Turn
 from kvstore.presence import Presence
 from kvstore.warn import BACKEND_TROUBLE, WarnRarely
 
 _log = logging.getLogger("kvstore.read_path")
+_MEMORY = "memory"
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,8 @@ class ReadPath:
 
     form: ChunkForm
     memory: MemoryTier
-    fetcher: ChunkFetcher
+    disk: DiskTier | None
+    flights: ChunkFlights
     presence: Presence
     metrics: Metrics
     loop: EventLoopThread
@@ -40,12 +44,12 @@ class ReadPath:
 class ChunkLoad:
     """One load: `keys[i]` for i in `span`, into `sink`. Runs on the store's loop.
 
-    Each chunk has a task and a slot of its own, given back when its last layer is in pages. So
-    an arena smaller than the span slows a load down and never stops it.
+    Holds the memory of what has arrived until it is in pages. Sections that are there go to pages
+    lowest layer first, all chunks of a layer in one call of the sink.
     """
 
     def __init__(self, path: ReadPath, keys: Sequence[ChunkKey], sink: PageSink, span: range) -> None:
-        self.handle = LoadHandle(span, path.form.layers, self._cancel_soon)
+        self.handle = LoadHandle(span, path.form.layers, self._cancel_soon, late=path.metrics.late_layers.inc)
         self._path = path
         self._keys = keys
         self._sink = sink
@@ -54,14 +58,14 @@ class ChunkLoad:
         self._cancelled = False
         # Chunks at or past this index are of no use any more: one before them is missing.
         self._limit = span.stop
-        self._tasks: dict[int, asyncio.Task[None]] = {}
-        self._layers_left = dict.fromkeys(span, path.form.layers)
-        self._in_pages = {index: asyncio.Event() for index in span}
+        self._wanted = {index: _WantedChunk(self, index, path.form.layers) for index in span}
         self._chunks_left = [set(span) for _ in range(path.form.layers)]
         self._layers_ready = 0
-        self._arrived: dict[int, dict[int, Slot]] = defaultdict(dict)
-        self._arrival = asyncio.Event()
-        self._scattering = asyncio.Lock()
+        self._arrived: dict[int, dict[int, _HeldLayers]] = defaultdict(dict)
+        self._news = asyncio.Event()
+        # Memory that the sink may be reading yet, and flights that end because nobody waits for them.
+        self._unwanted: list[_HeldLayers] = []
+        self._ending: list[asyncio.Task[None]] = []
 
     async def run(self, timeout_s: float) -> None:
         """Load until done, failed, cancelled or out of time; always finishes the handle."""
@@ -83,6 +87,7 @@ class ChunkLoad:
             _log.exception("a load failed by a defect; its chunks count as missed")
         finally:
             self._count_rest(why)
+            await self._withdraw_all()
             self.handle._finish()  # noqa: SLF001 the handle's other half
 
     def _cancel_soon(self) -> None:
@@ -94,85 +99,58 @@ class ChunkLoad:
             self._running.cancel()
 
     async def _run(self) -> None:
-        async with asyncio.TaskGroup() as tasks:
-            scatter = tasks.create_task(self._scatter_arrivals())
-            for index in self._span:
-                self._tasks[index] = tasks.create_task(self._load_chunk(index))
-            if self._tasks:
-                await asyncio.wait(self._tasks.values())
-            scatter.cancel()
-        self._path.memory.touch(self._keys[: self._limit])
+        began_s = asyncio.get_running_loop().time()
+        for wanted in tuple(self._wanted.values()):
+            self._want(wanted, began_s)
+        while self._wanted:
+            await self._news.wait()
+            self._news.clear()
+            while self._arrived:
+                layer = min(self._arrived)
+                await self._scatter(layer, self._arrived.pop(layer))
+                self._release_unwanted()
+            self._release_unwanted()
+        used = self._keys[: self._limit]
+        self._path.memory.touch(used)
+        if self._path.disk is not None:
+            self._path.disk.touch(used)
 
-    async def _load_chunk(self, index: int) -> None:
-        slot = self._path.memory.get(self._keys[index])
-        tier = "memory" if slot else "backend"
-        slot = slot or await self._path.memory.arena.acquire()
-        try:
-            if tier == "memory":
-                self._arrive(index, slot, range(self._path.form.layers))
-            else:
-                await self._fetch(index, slot)
-            await self._in_pages[index].wait()
-            if not self._layers_left[index]:
-                self._path.metrics.loaded_chunks.labels(tier).inc()
-        except MissError as miss:
-            self._miss(index, miss.reason, miss)
-        except KVStoreError as error:
-            self._miss(index, MissReason.UNREACHABLE, error)
-        except Exception as error:
-            _log.debug("chunk %s could not be loaded because of a defect", self._keys[index], exc_info=True)
-            self._miss(index, MissReason.INTERNAL_ERROR, error)
-        finally:
-            await self._withdraw(index)
+    def _want(self, wanted: _WantedChunk, began_s: float) -> None:
+        if wanted.index not in self._wanted:
+            return  # one before it is missing already
+        key = self._keys[wanted.index]
+        slot = self._path.memory.get(key)
+        if slot is None:
+            turn = Turn(began_s, wanted.index - self._span.start, len(self._span))
+            wanted.flight = self._path.flights.join(key, turn, wanted)
+        else:
+            wanted.arrived(range(self._path.form.layers), SlotWindow(slot, 0))
             slot.release()
 
-    async def _fetch(self, index: int, slot: Slot) -> None:
-        key = self._keys[index]
-        await self._path.fetcher.fetch(key, index, slot, lambda layers: self._arrive(index, slot, layers))
-        self._path.memory.admit(key, slot)
-        self._path.presence.note_stored(key)
-
-    def _arrive(self, index: int, slot: Slot, layers: range) -> None:
+    def arrive(self, index: int, layers: range, held: _HeldLayers) -> None:
+        """Layers of a chunk lie in host memory."""
         for layer in layers:
-            self._arrived[layer][index] = slot
-        self._arrival.set()
+            self._arrived[layer][index] = held
+        self._news.set()
 
-    async def _withdraw(self, index: int) -> None:
-        """See to it that nothing reads the chunk's slot any more."""
-        if self._layers_left[index]:
-            for batch in self._arrived.values():
-                batch.pop(index, None)
-            await to_its_end(asyncio.ensure_future(self._no_scatter()))
-
-    async def _no_scatter(self) -> None:
-        async with self._scattering:
-            pass
-
-    async def _scatter_arrivals(self) -> None:
-        while True:
-            await self._arrival.wait()
-            self._arrival.clear()
-            while self._arrived:
-                async with self._scattering:
-                    layer = min(self._arrived)
-                    batch = self._arrived.pop(layer)
-                    await self._scatter(layer, batch)
-
-    async def _scatter(self, layer: int, batch: dict[int, Slot]) -> None:
+    async def _scatter(self, layer: int, batch: dict[int, _HeldLayers]) -> None:
         form = self._path.form
         start = form.header_bytes + layer * form.stride
         indices = sorted(index for index in batch if index < self._limit)
-        sections = [batch[index].memory[start : start + form.section_bytes] for index in indices]
+        sections = [batch[index].window.view(start, start + form.section_bytes) for index in indices]
         if not indices:
             return
-        error = await self._path.loop.work(self._call_sink, layer, indices, sections)
+        error = await self._path.loop.call_engine(self._call_sink, layer, indices, sections)
         if error is not None:
-            self._miss(indices[0], MissReason.SINK_FAILED, error)
+            self.miss(indices[0], MissReason.SINK_FAILED, error)
             return
         for index in indices:
-            self._layers_left[index] -= 1
-            if not self._layers_left[index]:
-                self._in_pages[index].set()
+            wanted = self._wanted.get(index)
+            if wanted is not None:
+                batch[index].release_one()
+                wanted.layers_left -= 1
+                if not wanted.layers_left:
+                    self._complete(wanted)
         self._chunks_left[layer].difference_update(indices)
         self._advance()
 
@@ -186,12 +164,40 @@ class ChunkLoad:
             return error
         return None
 
+    def _complete(self, wanted: _WantedChunk) -> None:
+        tier = _MEMORY if wanted.flight is None else wanted.flight.tier
+        self._path.metrics.loaded_chunks.labels(tier).inc()
+        self._let_go(wanted)
+
+    def _let_go(self, wanted: _WantedChunk) -> None:
+        """Wait for a chunk no longer, and give its memory back once no sink reads it."""
+        del self._wanted[wanted.index]
+        if wanted.flight is not None and not wanted.over:
+            ending = self._path.flights.leave(wanted.flight, wanted)
+            if ending is not None:
+                self._ending.append(ending)
+        self._unwanted += wanted.holds
+        self._news.set()
+
+    def _release_unwanted(self) -> None:
+        unwanted, self._unwanted = self._unwanted, []
+        for held in unwanted:
+            held.discard()
+
+    async def _withdraw_all(self) -> None:
+        """See to it that nothing of this load goes on. The sink is not at work any more."""
+        for wanted in tuple(self._wanted.values()):
+            self._let_go(wanted)
+        self._release_unwanted()
+        for ending in self._ending:
+            await to_its_end(ending)
+
     def _advance(self) -> None:
         while self._layers_ready < self._path.form.layers and not self._chunks_left[self._layers_ready]:
             self._layers_ready += 1
         self.handle._set_layers_ready(self._layers_ready)  # noqa: SLF001
 
-    def _miss(self, index: int, reason: MissReason, error: BaseException) -> None:
+    def miss(self, index: int, reason: MissReason, error: BaseException) -> None:
         """Chunk `index` will not come: end the work on it and those behind it, go on with those before."""
         if index >= self._limit:
             return
@@ -200,22 +206,71 @@ class ChunkLoad:
         self._path.presence.note_miss(self._keys[index], reason)
         if reason is not MissReason.ABSENT:
             topic = BACKEND_TROUBLE if reason is MissReason.UNREACHABLE else f"miss {reason}"
-            self._path.warn(topic, f"chunk {self._keys[index]} is a miss ({reason}): {error!r}")
-        for later, task in self._tasks.items():
-            if later >= index and task is not asyncio.current_task():
-                task.cancel()
+            said = error if isinstance(error, KVStoreError) else repr(error)
+            self._path.warn(topic, f"chunk {self._keys[index]} is a miss ({reason}): {said}")
+        for wanted in tuple(self._wanted.values()):
+            if wanted.index >= index:
+                self._let_go(wanted)
         for chunks in self._chunks_left:
             chunks.intersection_update(range(self._limit))
-        self._in_pages[index].set()
         self._advance()
 
     def _fail(self, index: int, reason: MissReason) -> None:
-        self._path.metrics.count_miss(reason)
-        self.handle._fail(index, reason)  # noqa: SLF001
+        if self.handle._fail(index, reason):  # noqa: SLF001
+            self._path.metrics.count_miss(reason)
 
     def _count_rest(self, why: MissReason) -> None:
-        for index, layers in self._layers_left.items():
-            if index > self._limit:
-                self._fail(index, MissReason.BEHIND_A_MISS)
-            elif layers and index < self._limit:
-                self._fail(index, why)
+        for index in range(self._limit + 1, self._span.stop):
+            self._fail(index, MissReason.BEHIND_A_MISS)
+        for index in self._wanted:
+            self._fail(index, why)
+
+
+class _HeldLayers:
+    """Layers of one chunk that arrived together; holds their memory until the last of them is in pages."""
+
+    def __init__(self, window: SlotWindow, layers: int) -> None:
+        window.slot.retain()
+        self.window = window
+        self._layers_left = layers
+
+    def release_one(self) -> None:
+        """One of the layers is in pages."""
+        self._layers_left -= 1
+        if not self._layers_left:
+            self.window.slot.release()
+
+    def discard(self) -> None:
+        """The others need not be."""
+        if self._layers_left:
+            self._layers_left = 0
+            self.window.slot.release()
+
+
+class _WantedChunk:
+    """One chunk of a load: what its flight tells, and what is left to do. A `Waiter`."""
+
+    def __init__(self, load: ChunkLoad, index: int, layers: int) -> None:
+        self.index = index
+        self.layers_left = layers
+        self.flight: ChunkFlight | None = None
+        self.holds: list[_HeldLayers] = []
+        self.over = False
+        self._load = load
+
+    def arrived(self, layers: range, window: SlotWindow) -> None:
+        """See Waiter."""
+        held = _HeldLayers(window, len(layers))
+        self.holds.append(held)
+        self._load.arrive(self.index, layers, held)
+
+    def ended(self, error: Exception | None) -> None:
+        """See Waiter."""
+        self.over = True
+        if isinstance(error, MissError):
+            self._load.miss(self.index, error.reason, error)
+        elif isinstance(error, KVStoreError):
+            self._load.miss(self.index, MissReason.UNREACHABLE, error)
+        elif error is not None:
+            _log.debug("a chunk could not be loaded because of a defect", exc_info=error)
+            self._load.miss(self.index, MissReason.INTERNAL_ERROR, error)

@@ -39,6 +39,18 @@ def _check_endpoint(value: str) -> str:
     return value
 
 
+def _check_folder(value: str) -> str:
+    if value and (not Path(value).is_absolute() or "\0" in value):
+        raise ValueError("is no absolute path")
+    return value
+
+
+def _check_file(value: str) -> str:
+    if value and not Path(value).is_file():
+        raise ValueError("is no file")
+    return value
+
+
 def _check_codec(value: str) -> str:
     from kvstore.codecs.registry import parse_codec
 
@@ -95,8 +107,22 @@ class Settings(BaseSettings):
     addressing_style: Literal["auto", "path", "virtual"] = Field(
         "auto", description="auto, path or virtual: where the bucket's name stands in URLs"
     )
+    s3_transport: Literal["socket", "aiobotocore"] = Field(
+        "socket", description="socket or aiobotocore: what moves objects to and from S3"
+    )
+    ca_bundle: Annotated[str, AfterValidator(_check_file)] = Field(
+        "",
+        description="a file of certificate authorities for https; empty for AWS_CA_BUNDLE's or the system's",
+    )
     memory_bytes: Bytes = Field(
         ByteSize(1 << 30), description="a size such as 512MiB or 8GiB: host memory that keeps chunks"
+    )
+    disk_dir: Annotated[str, AfterValidator(_check_folder)] = Field(
+        "",
+        description="an absolute path of a folder on a local disk that keeps chunks; empty for no disk tier",
+    )
+    disk_bytes: Bytes = Field(
+        ByteSize(64 << 30), description="a size such as 200GiB: what the files in KVSTORE_DISK_DIR may take"
     )
     codec: Annotated[str, AfterValidator(_check_codec)] = Field(
         "none", description="none, zstd or zstd:LEVEL: how sections are compressed when saved"
@@ -116,7 +142,7 @@ class Settings(BaseSettings):
     presence_ttl_s: Seconds = Field(
         60.0, description="seconds a lookup may trust that a chunk seen is still there"
     )
-    fetch_concurrency: Count = Field(16, description="ranged reads in flight at once")
+    fetch_concurrency: Count = Field(64, description="ranged reads in flight at once, at most")
     upload_concurrency: Count = Field(4, description="uploads in flight at once")
     upload_queue_bytes: Bytes = Field(
         ByteSize(1 << 29), description="a size such as 512MiB: saved chunks that may wait for upload"

@@ -2,46 +2,33 @@
 
 from __future__ import annotations
 
-import asyncio
 import concurrent.futures
 import logging
 import os
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
-from kvstore.arena import Arena, Slot, whole_pages
+from kvstore.arena import Slot
+from kvstore.assembly import Assembler
 from kvstore.backends.contract import Backend
-from kvstore.backends.metered import MeteredBackend
 from kvstore.backends.opening import open_backend
-from kvstore.chunk_fetch import ChunkFetcher
-from kvstore.chunk_writer import ChunkWriter
-from kvstore.codecs.registry import parse_codec
 from kvstore.errors import LayoutMismatchError, MisconfiguredError, StoreClosedError
 from kvstore.event_loop import FORKED, EventLoopThread
-from kvstore.fetch_gate import FetchGate
 from kvstore.handles import Durability, FlushReport, LoadHandle, LookupResult, SaveHandle, SaveOutcome
-from kvstore.keys import ChunkKey, PrefixChain, format_folder
+from kvstore.keys import ChunkKey, PrefixChain
 from kvstore.layout import ChunkForm, KVLayout, Shard
-from kvstore.lookup import Lookups
-from kvstore.memory_tier import MemoryTier
 from kvstore.metrics import Metrics
 from kvstore.namespace import Namespace
 from kvstore.pages import PageSink, PageSource
-from kvstore.plan import FetchLimits
-from kvstore.presence import Presence
-from kvstore.read_path import ChunkLoad, ReadPath
+from kvstore.prefault import Prefault
+from kvstore.read_path import ChunkLoad
 from kvstore.settings import Settings, load_settings
-from kvstore.warn import BACKEND_TROUBLE, WarnRarely
-from kvstore.write_behind import UploadLimits, WriteBehind
 
 __all__ = ["Durability", "KVStore"]
 
 _log = logging.getLogger("kvstore")
-SLOTS_MIN = 2
-DISCONNECT_TIMEOUT_S = 5.0
 
 
 class KVStore:
@@ -73,33 +60,16 @@ class KVStore:
         return cls(form, settings, backend or open_backend(settings))
 
     def __init__(self, form: ChunkForm, settings: Settings, backend: Backend) -> None:
-        limits = FetchLimits()
-        self._memory = _memory_tier(form, settings)
-        with _allocating("KVSTORE_FETCH_CONCURRENCY", settings.fetch_concurrency):
-            scratch = Arena(ChunkFetcher.scratch_bytes(form, limits), settings.fetch_concurrency)
-        with _allocating("KVSTORE_UPLOAD_CONCURRENCY", settings.upload_concurrency):
-            writer = ChunkWriter(form, parse_codec(settings.codec), settings.upload_concurrency)
         self.form = form
         self.metrics = Metrics()
         self._settings = settings
-        self._warn = WarnRarely(_log)
+        assembler = Assembler(form, settings, self.metrics)
         self._loop = EventLoopThread(workers=min(8, (os.cpu_count() or 1) + 2))
-        self._backend = MeteredBackend(backend, self.metrics)
-        self._presence = Presence(settings.presence_ttl_s)
-        self._lookups = Lookups(
-            backend=self._backend,
-            prefix=settings.prefix,
-            shard=form.shard,
-            memory=self._memory,
-            presence=self._presence,
-            metrics=self.metrics,
-            warn=self._warn,
-        )
-        self._reads = self._read_path(limits, scratch)
-        self._writes = self._write_behind(writer)
+        self._parts = assembler.assemble(backend, self._loop)
+        self._prefault = Prefault(self._parts.memory.arena.memory)
         self._closing = threading.Lock()
         self._closed = False
-        self._connected = self._loop.submit(self._connect())
+        self._connected = self._loop.submit(self._parts.connect(settings.prefix))
 
     @property
     def layout(self) -> KVLayout:
@@ -146,8 +116,8 @@ class KVStore:
         """
         self._check_open()
         self._check_layout(chain.namespace)
-        return self._loop.run(
-            self._lookups.run(chain.keys, _given(timeout_s, self._settings.lookup_timeout_s))
+        return self._parts.lookups.at_once(chain.keys) or self._loop.run(
+            self._parts.lookups.run(chain.keys, _given(timeout_s, self._settings.lookup_timeout_s))
         )
 
     def load(
@@ -161,7 +131,7 @@ class KVStore:
         """
         self._check_span(span, chain)
         self._check_open()
-        load = ChunkLoad(self._reads, chain.keys, sink, span)
+        load = ChunkLoad(self._parts.reads, chain.keys, sink, span)
         task = self._loop.submit(load.run(_given(timeout_s, self._settings.load_timeout_s)))
         task.add_done_callback(lambda _: load.handle._abandon())  # noqa: SLF001 the handle's other half
         return load.handle
@@ -191,7 +161,7 @@ class KVStore:
                 self.metrics.saved_chunks.labels(outcome.value).inc()
                 handle._settle(index, outcome)  # noqa: SLF001 the handle's other half
                 dropped = None if outcome is SaveOutcome.PRESENT else outcome
-        self._memory.touch(chain.keys[: span.stop])
+        self._parts.memory.touch(chain.keys[: span.stop])
         return handle
 
     def flush(self, timeout_s: float | None = None) -> FlushReport:
@@ -200,7 +170,7 @@ class KVStore:
         timeout_s  by default KVSTORE_CLOSE_TIMEOUT_S
         """
         self._check_open()
-        return self._loop.run(self._writes.flush(_given(timeout_s, self._settings.close_timeout_s)))
+        return self._loop.run(self._parts.writes.flush(_given(timeout_s, self._settings.close_timeout_s)))
 
     def close(self) -> FlushReport:
         """Flush for KVSTORE_CLOSE_TIMEOUT_S, drop what is left, and release everything.
@@ -213,16 +183,17 @@ class KVStore:
             if self._closed:
                 return FlushReport(0, 0)
             self._closed = True
-            self._writes.refuse()
-            report = self._loop.run(self._writes.flush(self._settings.close_timeout_s))
+            self._parts.writes.refuse()
+            report = self._loop.run(self._parts.writes.flush(self._settings.close_timeout_s))
             if report.chunks_left:
                 _log.warning(
                     "closed with %d chunks (%d bytes) not stored; to wait longer set KVSTORE_CLOSE_TIMEOUT_S",
                     report.chunks_left,
                     report.bytes_left,
                 )
-            self._loop.close(last=self._disconnect())
-            self._memory.clear()
+            self._loop.close(last=self._parts.disconnect())
+            self._parts.memory.clear()
+            self._prefault.end()
             return report
 
     def __enter__(self) -> Self:
@@ -236,82 +207,23 @@ class KVStore:
     ) -> None:
         self.close()
 
-    def _read_path(self, limits: FetchLimits, scratch: Arena) -> ReadPath:
-        fetcher = ChunkFetcher(
-            backend=self._backend,
-            prefix=self._settings.prefix,
-            form=self.form,
-            limits=limits,
-            gate=FetchGate(self._settings.fetch_concurrency),
-            loop=self._loop,
-            scratch=scratch,
-        )
-        return ReadPath(
-            form=self.form,
-            memory=self._memory,
-            fetcher=fetcher,
-            presence=self._presence,
-            metrics=self.metrics,
-            loop=self._loop,
-            warn=self._warn,
-        )
-
-    def _write_behind(self, writer: ChunkWriter) -> WriteBehind:
-        settings = self._settings
-        return WriteBehind(
-            backend=self._backend,
-            prefix=settings.prefix,
-            writer=writer,
-            form=self.form,
-            limits=UploadLimits(self._queue_chunks(), settings.upload_concurrency, settings.upload_timeout_s),
-            presence=self._presence,
-            metrics=self.metrics,
-            loop=self._loop,
-            warn=self._warn,
-        )
-
-    def _queue_chunks(self) -> int:
-        """How many chunks may wait for upload: they hold their slots, and loads need some too."""
-        slots = self._memory.arena.slots
-        return min(self._settings.upload_queue_bytes // self.form.raw_bytes, slots - max(1, slots // 4))
-
-    async def _connect(self) -> bool:
-        """Loading an S3 client takes longer than a lookup may; trouble is said before the first one."""
-        try:
-            # A listing, as it writes nothing and tells a missing bucket from a missing object.
-            async for _ in self._backend.list(format_folder(self._settings.prefix)):
-                break
-        except Exception as error:
-            self._warn(
-                BACKEND_TROUBLE, f"{self._backend.location} cannot be used, engines compute cold: {error}"
-            )
-            return False
-        return True
-
-    async def _disconnect(self) -> None:
-        try:
-            async with asyncio.timeout(DISCONNECT_TIMEOUT_S):
-                await self._backend.close()
-        except Exception as error:
-            _log.warning("%s could not be closed in order: %r", self._backend.location, error)
-
     def _save_chunk(
         self, chain: PrefixChain, index: int, source: PageSource, handle: SaveHandle
     ) -> SaveOutcome | None:
         """Queue one chunk, or say why it is not queued. None: an upload of it will tell."""
         key = chain.keys[index]
-        upload = self._writes.upload_of(key)
+        upload = self._parts.writes.upload_of(key)
         if upload is None:
-            if self._presence.get(key):
+            if self._parts.presence.get(key):
                 return SaveOutcome.PRESENT
-            with self._writes.room() as room:
+            with self._parts.writes.room() as room:
                 if not room:
                     return SaveOutcome.DROPPED_QUEUE_FULL
                 slot = self._filled_slot(key, index, source)
                 if slot is None:
                     return SaveOutcome.DROPPED_NO_MEMORY
                 try:
-                    upload = self._writes.submit(chain.namespace, key, slot)
+                    upload = self._parts.writes.submit(chain.namespace, key, slot)
                 finally:
                     slot.release()
         handle._follow(index, upload)  # noqa: SLF001 the handle's other half
@@ -319,10 +231,10 @@ class KVStore:
 
     def _filled_slot(self, key: ChunkKey, index: int, source: PageSource) -> Slot | None:
         """The chunk in host form: from the memory tier, else gathered and admitted to it."""
-        slot = self._memory.get(key)
+        slot = self._parts.memory.get(key)
         if slot is not None:
             return slot
-        slot = self._memory.arena.try_acquire()
+        slot = self._parts.memory.arena.try_acquire()
         if slot is None:
             return None
         try:
@@ -330,7 +242,7 @@ class KVStore:
         except BaseException:
             slot.release()
             raise
-        self._memory.admit(key, slot)
+        self._parts.memory.admit(key, slot)
         return slot
 
     def _check_layout(self, namespace: Namespace) -> None:
@@ -357,33 +269,6 @@ class KVStore:
         source.gather(index, [slot.memory[start : start + form.section_bytes] for start in starts])
         for start in starts:
             slot.memory[start + form.section_bytes : start + form.stride] = form.padding
-
-
-def _memory_tier(form: ChunkForm, settings: Settings) -> MemoryTier:
-    slot_bytes = whole_pages(form.raw_bytes)
-    slots = settings.memory_bytes // slot_bytes
-    if slots < SLOTS_MIN:
-        raise MisconfiguredError(
-            f"KVSTORE_MEMORY_BYTES={settings.memory_bytes} holds {slots} chunks of {slot_bytes} bytes; "
-            f"set it to {SLOTS_MIN * slot_bytes} or more, or KVSTORE_CHUNK_TOKENS to fewer tokens"
-        )
-    if settings.upload_queue_bytes < form.raw_bytes:
-        raise MisconfiguredError(
-            f"KVSTORE_UPLOAD_QUEUE_BYTES={settings.upload_queue_bytes} holds no chunk of {form.raw_bytes} "
-            "bytes, so nothing would ever be saved; set it to that or more"
-        )
-    with _allocating("KVSTORE_MEMORY_BYTES", settings.memory_bytes):
-        return MemoryTier(slot_bytes, slots)
-
-
-@contextmanager
-def _allocating(variable: str, value: int) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, OverflowError) as error:
-        raise MisconfiguredError(
-            f"{variable}={value} takes memory that cannot be had: {error}; set it to less"
-        ) from None
 
 
 def _given(timeout_s: float | None, default_s: float) -> float:

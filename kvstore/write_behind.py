@@ -9,10 +9,12 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 
 from kvstore.arena import Slot
 from kvstore.backends.contract import Backend, Buffer, PutStatus
 from kvstore.chunk_writer import ChunkWriter
+from kvstore.disk_tier import DiskTier
 from kvstore.errors import KVStoreError, StoreClosedError
 from kvstore.event_loop import EventLoopThread
 from kvstore.handles import FlushReport, SaveOutcome
@@ -21,7 +23,7 @@ from kvstore.layout import ChunkForm
 from kvstore.metrics import Metrics
 from kvstore.namespace import Namespace
 from kvstore.presence import Presence
-from kvstore.retries import retrying
+from kvstore.retries import retried
 from kvstore.warn import BACKEND_TROUBLE, WarnRarely
 
 _log = logging.getLogger("kvstore.write_behind")
@@ -43,6 +45,7 @@ class WriteBehind:
         self,
         *,
         backend: Backend,
+        disk: DiskTier | None,
         prefix: str,
         writer: ChunkWriter,
         form: ChunkForm,
@@ -53,12 +56,14 @@ class WriteBehind:
         warn: WarnRarely,
     ) -> None:
         self._backend = backend
+        self._disk = disk
         self._prefix = prefix
         self._writer = writer
         self._form = form
         self._limits = limits
         self._presence = presence
         self._metrics = metrics
+        self._retries = metrics.retried_writes()
         self._loop = loop
         self._warn = warn
         self._lock = threading.Lock()
@@ -150,23 +155,34 @@ class WriteBehind:
         try:
             parts = await self._loop.work(self._writer.seal, key, slot, buffer)
             status = await self._put(key, parts)
+            self._presence.note_stored(key)
+            await self._keep_on_disk(key, parts)
         finally:
             buffer.release()
-        self._presence.note_stored(key)
         return SaveOutcome.STORED if status is PutStatus.CREATED else SaveOutcome.PRESENT
 
-    @retrying
+    async def _keep_on_disk(self, key: ChunkKey, parts: Sequence[Buffer]) -> None:
+        fill = None if self._disk is None else self._disk.begin(key, sum(len(part) for part in parts))
+        if fill is None:
+            return
+        try:
+            if await fill.write(0, parts):
+                await fill.commit()
+        finally:
+            fill.abandon()
+
     async def _put(self, key: ChunkKey, parts: Sequence[Buffer]) -> PutStatus:
         name = object_name(self._prefix, key, self._form.shard)
         # An object seen to be damaged is the one thing that is ever replaced.
         if_absent = not self._presence.is_damaged(key)
-        return (await self._backend.put(name, parts, if_absent=if_absent)).status
+        put = partial(self._backend.put, name, parts, if_absent=if_absent)
+        return (await retried(put, self._retries.inc)).status
 
-    @retrying
     async def _describe(self, namespace: Namespace) -> None:
         """Say in the bucket what the namespace is, once per store."""
         async with self._describing:
             if namespace.digest not in self._described:
                 name = namespace_document_name(self._prefix, namespace.name)
-                await self._backend.put(name, [namespace.document()], if_absent=True)
+                put = partial(self._backend.put, name, [namespace.document()], if_absent=True)
+                await retried(put, self._retries.inc)
                 self._described.add(namespace.digest)

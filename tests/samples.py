@@ -41,7 +41,7 @@ WIDE_LAYOUT = KVLayout(
     layers=3, kv_heads=1, head_dim=189, dtype=DType.UINT8, page_form="mla", page_tokens=3, chunk_tokens=9
 )
 # Each read takes one layer, so that every layer of every chunk is a request of its own.
-LAYER_BY_LAYER = FetchLimits(first_bytes=1, group_bytes=1)
+LAYER_BY_LAYER = FetchLimits(first_bytes=1, group_bytes=1, worth_bytes=1)
 
 
 def namespace_of(layout: KVLayout = LAYOUT, **changes: str) -> Namespace:
@@ -376,9 +376,8 @@ def settle(store: KVStore) -> None:
 def assert_no_slot_lost(store: KVStore) -> None:
     """Nobody holds a slot any more, but for the memory tier."""
     settle(store)
-    scratch = store._reads.fetcher.scratch
-    buffers = store._writes._writer.buffers
-    assert scratch.free == scratch.slots
-    assert buffers.free == buffers.slots
-    store._memory.clear()
-    assert store._memory.arena.free == store._memory.arena.slots
+    fetcher = store._parts.reads.flights._tiers.fetcher
+    for arena in (fetcher.scratch, fetcher.transit, store._parts.writes._writer.buffers):
+        assert arena.free == arena.slots
+    store._parts.memory.clear()
+    assert store._parts.memory.arena.free == store._parts.memory.arena.slots

@@ -30,6 +30,8 @@ from kvstore.warn import WarnRarely
 _log = logging.getLogger("kvstore.transformers")
 _PREFILL = "_prefill"
 _HOOKED = ("generate", _PREFILL)
+# As long as setting up a connection may take; with a store out of reach the model works all the same.
+_CONNECT_S = 5.0
 # The generate() call under way in this thread, for the prefill that it will make.
 _current: ContextVar[GenerateCall | None] = ContextVar("kvstore_generate_call", default=None)
 
@@ -68,7 +70,7 @@ def attach(
         layout = _agreed_layout(geometry.layout(store.layout.chunk_tokens), store)
     weights = WeightsWatch(model)
     namespace = model_namespace(model, layout, weights_revision)
-    used = KVStore.open(layout, settings=settings) if store is None else store
+    used = _connected_store(layout, settings) if store is None else store
     attached = AttachedModel(
         model, geometry, weights, namespace, used, TorchPageCopier(used.form), WarnRarely(_log)
     )
@@ -180,6 +182,13 @@ class Attachment:
         if self._bypasses[report.bypass] == 1:
             advice = "; attach the model again" if report.bypass is BypassReason.WEIGHTS_CHANGED else ""
             _log.warning("generate() went without the store: %s (said once)%s", report.bypass, advice)
+
+
+def _connected_store(layout: KVLayout, settings: Settings | None) -> KVStore:
+    """A store that has heard of its backend, where it can: else the first lookups run into their deadline."""
+    store = KVStore.open(layout, settings=settings)
+    store.wait_connected(_CONNECT_S)
+    return store
 
 
 def _agreed_layout(layout: KVLayout, store: KVStore) -> KVLayout:

@@ -32,7 +32,7 @@ class GenerateReport:
 
     prompt_tokens   tokens of the prompts
     reused_tokens   of these, restored and not computed
-    saved_chunks    chunks taken for upload; those already stored do not count
+    queued_chunks   chunks taken for upload; those already stored do not count
     dropped_chunks  chunks that neither memory nor the upload queue had room for
     lookup_s        from the prefill's start until it was known what is stored
     waited_s        how long layers then waited for their KV, in sum
@@ -42,7 +42,7 @@ class GenerateReport:
 
     prompt_tokens: int = 0
     reused_tokens: int = 0
-    saved_chunks: int = 0
+    queued_chunks: int = 0
     dropped_chunks: int = 0
     lookup_s: float = 0.0
     waited_s: float = 0.0
@@ -196,7 +196,7 @@ class GenerateCall:
         return GenerateReport(
             prompt_tokens=sum(map(len, self._prompts)),
             reused_tokens=self._reused_chunks * self._attached.chunk_tokens * len(self._prompts),
-            saved_chunks=count(SaveOutcome.QUEUED) + count(SaveOutcome.STORED),
+            queued_chunks=count(SaveOutcome.QUEUED) + count(SaveOutcome.STORED),
             dropped_chunks=count(SaveOutcome.DROPPED_QUEUE_FULL) + count(SaveOutcome.DROPPED_NO_MEMORY),
             lookup_s=self._lookup_s,
             waited_s=self._restore.waited_s if self._restore else 0.0,

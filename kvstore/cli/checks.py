@@ -7,6 +7,7 @@ import secrets
 import shutil
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 from kvstore.backends.contract import ABSENT, PutStatus
@@ -24,7 +25,7 @@ from kvstore.cli.examination import (
 )
 from kvstore.cli.exits import ExitCode
 from kvstore.cli.output import size_text
-from kvstore.retries import retrying
+from kvstore.retries import retried
 
 PROBE_BYTES = 64 * 1024 + 3
 RACERS = 8
@@ -95,8 +96,7 @@ async def check_race(site: Site) -> Outcome:
     """Of several puts of one name at once exactly one wins, and its bytes are the object's."""
     payloads = [secrets.token_bytes(1000) for _ in range(RACERS)]
     # A loser may be told to try again (409) before it is told that the object exists.
-    racing_put = retrying(site.put)
-    results = await asyncio.gather(*(racing_put("race", payload) for payload in payloads))
+    results = await asyncio.gather(*(retried(partial(site.put, "race", payload)) for payload in payloads))
     winners = [i for i, result in enumerate(results) if result.status is PutStatus.CREATED]
     if len(winners) != 1:
         return failed(f"{len(winners)} of {RACERS} simultaneous PUTs won, not 1", _CONDITIONAL_FIX)

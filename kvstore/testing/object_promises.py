@@ -9,7 +9,7 @@ import random
 import pytest
 
 from kvstore.backends.contract import Buffer, PutStatus
-from kvstore.errors import MisconfiguredError
+from kvstore.errors import MisconfiguredError, RetryableError
 from kvstore.testing.scene import Scene, finished, promise
 
 LARGE_BYTES = (8 << 20) + 13
@@ -126,7 +126,11 @@ class ObjectPromises:
 
         async def read_on(label: str, writing: asyncio.Future[None]) -> None:
             while not writing.done():
-                reading = await scene.read(label, length=size)
+                try:
+                    reading = await scene.read(label, length=size)
+                except RetryableError:
+                    # Ceph answers 500 when it finds old parts gone; that shows no wrong byte.
+                    continue
                 assert reading is not None
                 assert len(reading.data) == size
                 assert len(set(reading.data)) == 1

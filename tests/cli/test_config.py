@@ -20,7 +20,7 @@ def test_every_setting_is_listed_with_value_origin_and_what_it_takes(kvstore):
     listed = rows(ended.stdout, "setting")
     assert ended.code == 0
     assert {row["setting"] for row in listed.values()} == set(Settings.model_fields)
-    assert listed["KVSTORE_FETCH_CONCURRENCY"]["value"] == 16
+    assert listed["KVSTORE_FETCH_CONCURRENCY"]["value"] == 64
     assert listed["KVSTORE_MEMORY_BYTES"]["value"] == 1 << 30
     assert all(row["takes"] and row["origin"] == "default" for row in listed.values())
 

@@ -40,7 +40,7 @@ def test_a_fresh_process_restores_and_continues_bit_equal_to_a_cache_that_never_
     continued = generate(model, ids, past_key_values=kept)
 
     first = fill(model, objects, ids)
-    assert (first.reused_tokens, first.saved_chunks) == (0, (61 + NEW - 1) // CHUNK)
+    assert (first.reused_tokens, first.queued_chunks) == (0, (61 + NEW - 1) // CHUNK)
     with attached(model, objects) as attachment:
         warm = generate(model, ids)
         last = attachment.last
@@ -140,7 +140,7 @@ def test_saving_does_not_wait_for_the_network(llama, objects):
 
     with attached(llama, objects, backend=SlowPuts(objects)) as attachment:
         generate(llama, prompt())
-        assert attachment.last.saved_chunks == 9
+        assert attachment.last.queued_chunks == 9
         assert not objects
         gate.set()
     assert len(objects) == 10
@@ -198,7 +198,7 @@ def test_what_follows_the_end_of_a_row_is_not_stored(llama, objects):
         ended = out[0].tolist().index(end) + 1
         assert (out[0, ended:] == 2).all()
         assert 40 < ended < out.shape[1] == 80
-        assert attachment.last.saved_chunks == ended // CHUNK + 79 // CHUNK
+        assert attachment.last.queued_chunks == ended // CHUNK + 79 // CHUNK
         attachment.store.flush()
         assert_stored_as_a_prefill_makes_it(attachment, llama, out[0, :ended].tolist())
         assert_stored_as_a_prefill_makes_it(attachment, llama, out[1, :79].tolist())

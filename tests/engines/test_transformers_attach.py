@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import logging
 from dataclasses import replace
@@ -86,7 +87,7 @@ def test_a_wrapper_of_someone_else_is_kept(objects):
     model.generate = theirs
     with attached(model, objects) as attachment:
         generate(model, prompt())
-        assert attachment.last.saved_chunks == 9
+        assert attachment.last.queued_chunks == 9
     assert model.generate is theirs
     assert calls == ["theirs"]
 
@@ -100,3 +101,15 @@ def test_logs_and_reports_hold_no_token(llama, objects, caplog):
         generate(llama, ids)
         said = caplog.text + repr(attachment.last) + repr(attachment.namespace)
     assert str(ids[0, :3].tolist())[1:-1] not in said
+
+
+def test_a_store_that_attach_opens_is_connected_before_the_first_lookup(llama, monkeypatch):
+    class SlowToConnect(MemoryBackend):
+        async def list(self, prefix, *, start_after=""):
+            await asyncio.sleep(0.3)
+            async for info in super().list(prefix, start_after=start_after):
+                yield info
+
+    monkeypatch.setattr("kvstore.store.open_backend", lambda settings: SlowToConnect())
+    with attach(llama, settings=settings_of()) as attachment:
+        assert attachment.store.wait_connected(0)

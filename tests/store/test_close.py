@@ -19,7 +19,7 @@ from samples import (
     stored_chunks,
 )
 
-import kvstore.store
+import kvstore.assembly
 from kvstore.errors import MissReason, RetryableError, StoreClosedError
 from kvstore.handles import Durability, LookupResult, SaveOutcome
 
@@ -65,7 +65,7 @@ def test_closing_with_a_stalled_backend_ends_at_its_deadline_and_says_what_is_le
 
 
 def test_a_backend_that_never_closes_does_not_keep_the_engine_from_ending(monkeypatch):
-    monkeypatch.setattr(kvstore.store, "DISCONNECT_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(kvstore.assembly, "DISCONNECT_TIMEOUT_S", 0.05)
     backend, gate = ScriptedBackend(), Gate()
     backend.when("close", gate)
     store = store_of(backend)
@@ -297,7 +297,7 @@ def test_what_is_saved_while_the_store_closes_is_refused_or_reported():
     backend.when("put", gate)
     store = store_of(backend, close_timeout_s=0.3)
     store.save(CHAIN, range(1), Pages(3, text="a"))
-    flush, flushing = store._writes.flush, threading.Event()
+    flush, flushing = store._parts.writes.flush, threading.Event()
 
     def tell(timeout_s):
         async def run():
@@ -308,7 +308,7 @@ def test_what_is_saved_while_the_store_closes_is_refused_or_reported():
 
         return run()
 
-    store._writes.flush = tell
+    store._parts.writes.flush = tell
     closed = in_another_thread(store.close)
     assert flushing.wait(PATIENCE_S)
     accepted = 1
@@ -323,13 +323,13 @@ def test_what_is_gathered_while_the_store_closes_is_refused_or_reported():
     backend.when("put", gate)
     store, pages = store_of(backend, close_timeout_s=0.3), Pages(3, text="a")
     store.save(CHAIN, range(1), pages)
-    flush, flushing = store._writes.flush, threading.Event()
+    flush, flushing = store._parts.writes.flush, threading.Event()
 
     async def tell(timeout_s):
         flushing.set()
         return await flush(timeout_s)
 
-    store._writes.flush = tell
+    store._parts.writes.flush = tell
     pages.before_gather = lambda index: gathering.block()
     saving = in_another_thread(store.save, CHAIN, range(1, 2), pages)
     gathering.wait_arrivals()

@@ -20,7 +20,7 @@ from samples import (
     stored_chunks,
 )
 
-import kvstore.store
+import kvstore.assembly
 from kvstore.codecs import registry
 from kvstore.errors import MisconfiguredError, MissReason, RetryableError
 
@@ -32,7 +32,7 @@ CODECS = ["none", "zstd"]
 @pytest.fixture
 def layer_by_layer(monkeypatch):
     """Every layer of every chunk is a request of its own."""
-    monkeypatch.setattr(kvstore.store, "FetchLimits", lambda: LAYER_BY_LAYER)
+    monkeypatch.setattr(kvstore.assembly, "FetchLimits", lambda: LAYER_BY_LAYER)
 
 
 def layer_of(call):
@@ -130,6 +130,46 @@ def test_no_more_reads_are_in_flight_than_set(opened, codec, concurrency):
     assert most <= concurrency
 
 
+@pytest.mark.usefixtures("layer_by_layer")
+@pytest.mark.parametrize("codec", CODECS)
+def test_with_memory_for_few_of_the_chunks_layer_0_of_all_still_comes_before_layer_1_of_any(opened, codec):
+    chain = chain_of(8)
+    backend, gate = ScriptedBackend(stored_chunks(chain, codec=codec)), Gate()
+    seen = {}
+
+    async def hold_from_layer_1_on(call):
+        seen[call.name] = seen.get(call.name, -1) + 1
+        if seen[call.name]:
+            await gate.enter()
+
+    backend.when("get", hold_from_layer_1_on)
+    store, pages = opened(backend, memory_bytes=2 * 8192), Pages(8)
+    load = store.load(chain, range(8), pages)
+    assert load.wait_layer(0, PATIENCE_S) == 8
+    pages.assert_holds(range(8), layers=range(1))
+    gate.open()
+    assert load.wait(PATIENCE_S).chunks == 8
+    pages.assert_holds(range(8))
+    # Those that had memory of their own are kept, in it.
+    assert len(store._parts.memory) == 2
+    assert_no_slot_lost(store)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_with_all_memory_in_use_chunks_pass_through_to_pages_and_are_not_kept(opened, codec):
+    backend = ScriptedBackend(stored_chunks(CHAIN, codec=codec))
+    store = opened(backend, memory_bytes=2 * 8192)
+    held = [store._parts.memory.arena.try_acquire() for _ in range(2)]
+    loads = [(store.load(CHAIN, range(4), pages), pages) for pages in (Pages(4), Pages(4))]
+    for load, pages in loads:
+        assert load.wait(PATIENCE_S).chunks == 4
+        pages.assert_holds(range(4))
+    assert len(store._parts.memory) == 0
+    for slot in held:
+        slot.release()
+    assert_no_slot_lost(store)
+
+
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("slots", [2, 3])
 @pytest.mark.usefixtures("layer_by_layer")
@@ -137,7 +177,7 @@ def test_memory_smaller_than_the_span_slows_a_load_down_and_never_stops_it(opene
     chain = chain_of(12)
     backend = ScriptedBackend(stored_chunks(chain, codec=codec))
     store, pages = opened(backend, memory_bytes=slots * 8192), Pages(12)
-    assert store._memory.arena.slots == slots
+    assert store._parts.memory.arena.slots == slots
     loads = [store.load(chain, range(12), page) for page in (pages, Pages(12), Pages(12))]
     assert [load.wait(PATIENCE_S).chunks for load in loads] == [12, 12, 12]
     pages.assert_holds(range(12))
@@ -170,7 +210,7 @@ def test_a_layer_is_ready_when_it_is_in_pages_not_when_it_has_arrived(opened):
     sink[0].wait_arrivals()
     # The others arrive while the sink has the first chunk in hand.
     late.open()
-    while any(key not in store._memory for key in CHAIN.keys):
+    while any(key not in store._parts.memory for key in CHAIN.keys):
         settle(store)
     sink[0].open()
     sink[1].wait_arrivals()
@@ -179,6 +219,22 @@ def test_a_layer_is_ready_when_it_is_in_pages_not_when_it_has_arrived(opened):
     sink[1].open()
     assert load.wait_layer(0, PATIENCE_S) == 4
     pages.assert_holds(range(4), layers=range(1))
+
+
+@pytest.mark.usefixtures("layer_by_layer")
+def test_a_layer_is_counted_as_late_when_it_is_asked_for_before_it_is_there(opened):
+    backend, gate = ScriptedBackend(stored_chunks(CHAIN)), Gate()
+    backend.when("get", gate, applies=lambda call: layer_of(call) == 2)
+    store = opened(backend)
+    load = store.load(CHAIN, range(4), Pages(4))
+    with pytest.raises(TimeoutError):
+        load.wait_layer(2, 0)
+    assert store.metrics.value("kvstore_late_layers_total") == 1
+    gate.open()
+    load.wait(PATIENCE_S)
+    for layer in range(LAYERS):
+        load.wait_layer(layer)
+    assert store.metrics.value("kvstore_late_layers_total") == 1
 
 
 @pytest.mark.parametrize("layer", [-1, LAYERS, 99])
@@ -264,8 +320,9 @@ def test_at_the_deadline_what_is_missing_is_a_timeout_and_nothing_writes_any_mor
 def test_the_deadline_also_ends_the_wait_for_memory(opened):
     gate = Gate()
     backend = ScriptedBackend(stored_chunks(CHAIN))
-    store = opened(backend, memory_bytes=2 * 8192)
-    held = [store._memory.arena.try_acquire() for _ in range(2)]
+    store = opened(backend, memory_bytes=2 * 8192, fetch_concurrency=1)
+    arenas = store._parts.memory.arena, store._parts.reads.flights._tiers.fetcher.transit
+    held = [arena.try_acquire() for arena in arenas for _ in range(arena.slots)]
     result = store.load(CHAIN, range(4), Pages(4), timeout_s=0.05).wait(PATIENCE_S)
     assert result.chunks == 0
     assert set(result.failures.values()) == {MissReason.TIMEOUT}
@@ -301,6 +358,56 @@ def test_cancelling_returns_when_nothing_writes_any_more(opened):
     pages.assert_untouched(range(4))
     assert_nothing_is_written_any_more(store, pages, gate)
     assert_no_slot_lost(store)
+
+
+def test_cancelled_before_it_begins_a_load_reads_nothing(opened):
+    backend = ScriptedBackend(stored_chunks(CHAIN))
+    store = opened(backend)
+    assert store.wait_connected(PATIENCE_S)
+    held, free = threading.Event(), threading.Event()
+    store._loop.call(lambda: (held.set(), free.wait(PATIENCE_S)))
+    assert held.wait(PATIENCE_S)
+    load = store.load(CHAIN, range(4), Pages(4))
+    cancelled = in_another_thread(load.cancel)
+    while not store._loop._loop._ready:
+        pass
+    free.set()
+    assert set(cancelled.result(PATIENCE_S).failures.values()) == {MissReason.CANCELLED}
+    assert backend.count("get") == 0
+
+
+def test_several_misses_of_one_load_count_each_chunk_once(opened):
+    backend, gates = ScriptedBackend(stored_chunks(chain_of(6))), {1: Gate(), 4: Gate()}
+    names = [name_of(key) for key in chain_of(6).keys]
+    for index, gate in gates.items():
+        backend.when("get", gate, name=names[index])
+        del backend.objects[names[index]]
+    store = opened(backend)
+    load = store.load(chain_of(6), range(6), Pages(6))
+    for index in (4, 1):
+        gates[index].wait_arrivals()
+        gates[index].open()
+        settle(store)
+    failures = load.wait(PATIENCE_S).failures
+    assert set(failures) == {1, 2, 3, 4, 5}
+    counted = sum(
+        store.metrics.value("kvstore_missed_chunks_total", reason=reason.value) for reason in MissReason
+    )
+    assert counted == 5
+
+
+def test_sinks_that_hang_leave_the_store_to_other_loads(opened):
+    store, gate = opened(ScriptedBackend(stored_chunks(CHAIN, codec="zstd"))), Gate()
+    stuck = []
+    for _ in range(12):
+        pages = Pages(4)
+        pages.before_scatter = lambda layer, indices: gate.block()
+        stuck.append(store.load(CHAIN, range(4), pages))
+    gate.wait_arrivals(12)
+    store._parts.memory.clear()
+    assert store.load(CHAIN, range(4), Pages(4)).wait(PATIENCE_S).chunks == 4
+    gate.open()
+    assert all(load.wait(PATIENCE_S).chunks == 4 for load in stuck)
 
 
 def test_cancelling_waits_for_a_sink_that_is_at_work(opened):
@@ -361,7 +468,7 @@ def test_cancelled_at_any_moment_pages_are_right_and_no_slot_is_lost(opened, cod
         backend.forget()
         backend.when("get", moment.read)
         pages.before_scatter = lambda layer, indices, moment=moment: moment.tick()
-        store._memory.clear()
+        store._parts.memory.clear()
         if seed % 3 == 0:
             del backend.objects[name_of(chain.keys[source.randrange(1, 6)])]
         load = store.load(chain, range(6), pages)
@@ -370,10 +477,10 @@ def test_cancelled_at_any_moment_pages_are_right_and_no_slot_is_lost(opened, cod
         result = load.cancel()
         pages.assert_holds(range(result.chunks))
         assert_nothing_is_written_any_more(store, pages)
-        scratch = store._reads.fetcher.scratch
+        scratch = store._parts.reads.flights._tiers.fetcher.scratch
         settle(store)
         assert scratch.free == scratch.slots
-        assert store._memory.arena.free + len(store._memory) == store._memory.arena.slots
+        assert store._parts.memory.arena.free + len(store._parts.memory) == store._parts.memory.arena.slots
         backend.objects.update(objects)
     assert_no_slot_lost(store)
 
@@ -444,7 +551,7 @@ def test_what_can_be_retried_is_retried_and_then_a_miss(opened, caplog):
     pages.assert_holds(range(2))
     assert len(caplog.records) == 1
     # A backend out of reach says nothing about what it holds.
-    assert store._presence.get(CHAIN.keys[2]) is None
+    assert store._parts.presence.get(CHAIN.keys[2]) is None
 
 
 @pytest.mark.parametrize("error", [MisconfiguredError("denied"), OSError("a defect"), ValueError("a defect")])
@@ -518,7 +625,7 @@ def test_a_chunk_no_longer_wanted_keeps_its_memory_until_its_decoder_is_done(ope
         gates[index].wait_arrivals()
         gates[index].open()
         settle(store)
-    arena, scratch = store._memory.arena, store._reads.fetcher.scratch
+    arena, scratch = store._parts.memory.arena, store._parts.reads.flights._tiers.fetcher.scratch
     try:
         assert decoding.inside == 1
         assert arena.free == arena.slots - 1
@@ -549,8 +656,8 @@ def test_a_chunk_no_longer_wanted_keeps_its_memory_until_the_sink_has_read_it(op
         settle(store)
     cancelled = in_another_thread(load.cancel) if end == "cancel" else None
     settle(store)
-    store._memory.clear()
-    arena = store._memory.arena
+    store._parts.memory.clear()
+    arena = store._parts.memory.arena
     try:
         read = len(pages.scattered)
         assert read == 0

@@ -24,7 +24,7 @@ from samples import (
     stored_chunks,
 )
 
-import kvstore.store
+import kvstore.assembly
 from kvstore.backends.memory import StoredObject
 from kvstore.chunk import decode_header
 from kvstore.codecs import registry
@@ -33,6 +33,7 @@ from kvstore.handles import Durability, SaveOutcome
 from kvstore.keys import PrefixChain
 from kvstore.layout import ChunkForm, Shard
 from kvstore.presence import ABSENT_TTL_S, DAMAGE
+from kvstore.store import KVStore
 
 # Small, so that every byte can be tried: one section that compresses, one that does not.
 SMALL = dataclasses.replace(LAYOUT, layers=2, kv_heads=1)
@@ -49,7 +50,7 @@ def object_of(chain, form=FORM, index=0, codec="none", text="a"):
 
 
 def layer_by_layer(monkeypatch):
-    monkeypatch.setattr(kvstore.store, "FetchLimits", lambda: LAYER_BY_LAYER)
+    monkeypatch.setattr(kvstore.assembly, "FetchLimits", lambda: LAYER_BY_LAYER)
 
 
 class ManyVariants(ScriptedBackend):
@@ -80,7 +81,7 @@ def load_each(opened, name, form, chain, variants, **settings):
         handles = [store.load(chain, range(1), page) for page in pages]
         loads += [(handle.wait(PATIENCE_S), page) for handle, page in zip(handles, pages, strict=True)]
         # An intact variant must not help the next one.
-        store._memory.clear()
+        store._parts.memory.clear()
     reasons = {
         reason: store.metrics.value("kvstore_missed_chunks_total", reason=reason) for reason in MissReason
     }
@@ -182,7 +183,7 @@ OTHERS = {
 def test_an_object_copied_from_another_name_is_a_wrong_key(opened, other, codec):
     chain, form, index = OTHERS[other]
     backend = ScriptedBackend()
-    with kvstore.store.KVStore(form, settings_of(codec=codec), backend) as writer:
+    with KVStore(form, settings_of(codec=codec), backend) as writer:
         writer.save(chain, range(len(chain)), Pages(len(chain), form, "a"), until=Durability.REMOTE).wait()
     data = backend.data(name_of(chain.keys[index], form))
     reason, pages = load_object(opened, data)
@@ -415,7 +416,7 @@ def test_an_object_replaced_while_it_is_read_is_a_miss_and_layers_never_mix(open
     assert result.failures == {0: MissReason.CHANGED}
     pages.assert_never_wrong("a")
     # Nothing is wrong with the object itself: the next load takes it.
-    assert not store._presence.is_damaged(chain.keys[0])
+    assert not store._parts.presence.is_damaged(chain.keys[0])
     assert store.load(chain, range(1), pages).wait(PATIENCE_S).chunks == 1
     pages.assert_holds([0], "b")
 
@@ -440,7 +441,7 @@ def test_a_404_on_load_corrects_a_stale_lookup_at_once(opened):
     del backend.objects[name_of(CHAIN.keys[1])]
     store.load(CHAIN, range(3), Pages(3)).wait(PATIENCE_S)
     heads = backend.count("head")
-    store._memory.clear()
+    store._parts.memory.clear()
     assert store.lookup(CHAIN).chunks == 1
     assert backend.count("head") == heads
 
@@ -450,7 +451,7 @@ def damage(backend, name):
 
 
 def reload(store, chain, pages):
-    store._memory.clear()
+    store._parts.memory.clear()
     return store.load(chain, range(len(chain)), pages).wait(PATIENCE_S)
 
 
@@ -476,10 +477,10 @@ def test_lookups_between_damage_and_save_do_not_prevent_the_repair(opened, looku
     damage(backend, name_of(CHAIN.keys[1]))
     store = opened(backend)
     reload(store, CHAIN, Pages(3))
-    now = store._presence._clock
+    now = store._parts.presence._clock
     for i in range(lookups):
         # HEAD says that the object is there, and it is; it is still damaged.
-        store._presence._clock = lambda i=i: now() + (i + 1) * (ABSENT_TTL_S + 1)
+        store._parts.presence._clock = lambda i=i: now() + (i + 1) * (ABSENT_TTL_S + 1)
         store.lookup(CHAIN)
     saved = store.save(CHAIN, range(1, 2), Pages(3, text="a"), until=Durability.REMOTE).wait(PATIENCE_S)
     assert saved == {1: SaveOutcome.STORED}
@@ -495,7 +496,7 @@ def test_what_another_node_repaired_is_not_replaced_again(opened):
     backend.objects.update(intact)
     assert reload(store, CHAIN, Pages(3)).chunks == 3
     assert store.lookup(CHAIN).chunks == 3
-    store._memory.clear()
+    store._parts.memory.clear()
     assert store.lookup(CHAIN).chunks == 3
     assert store.save(CHAIN, range(3), Pages(3)).wait() == dict.fromkeys(range(3), SaveOutcome.PRESENT)
     assert backend.count("replace") == 0

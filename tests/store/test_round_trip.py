@@ -19,7 +19,7 @@ from samples import (
     stored_chunks,
 )
 
-import kvstore.store
+import kvstore.assembly
 from kvstore.errors import LayoutMismatchError, MisconfiguredError
 from kvstore.handles import Durability, SaveOutcome
 from kvstore.keys import PrefixChain
@@ -47,7 +47,7 @@ LIMITS = {
 @pytest.mark.parametrize("codec", ["none", "zstd", "zstd:19"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_one_store_saved_another_loads_bit_by_bit(opened, monkeypatch, layout, codec, limits):
-    monkeypatch.setattr(kvstore.store, "FetchLimits", lambda: LIMITS[limits])
+    monkeypatch.setattr(kvstore.assembly, "FetchLimits", lambda: LIMITS[limits])
     form = ChunkForm(LAYOUTS[layout], LAYOUTS[layout].whole)
     backend, chain = ScriptedBackend(), chain_of(3, form.layout)
     size = {"memory_bytes": 64 * form.raw_bytes}
@@ -135,7 +135,7 @@ def test_each_shard_is_stored_and_loaded_on_its_own(opened):
         for rank, (store, form) in enumerate(zip(stores, forms, strict=True)):
             saved = store.save(chain, range(2), Pages(2, form, f"rank {rank}"), until=Durability.REMOTE)
             assert set(saved.wait(PATIENCE_S).values()) == {SaveOutcome.STORED}
-            store._memory.clear()
+            store._parts.memory.clear()
         for rank, (store, form) in enumerate(zip(stores, forms, strict=True)):
             pages = Pages(2, form)
             assert store.load(chain, range(2), pages).wait(PATIENCE_S).chunks == 2
@@ -160,7 +160,7 @@ def test_the_prefix_may_be_empty(opened):
     store = opened(backend, prefix="")
     store.save(chain_of(1), range(1), Pages(1, text="a"), until=Durability.REMOTE).wait(PATIENCE_S)
     assert all(name.startswith("v1/") for name in backend.objects)
-    store._memory.clear()
+    store._parts.memory.clear()
     assert store.load(chain_of(1), range(1), Pages(1)).wait(PATIENCE_S).chunks == 1
 
 
@@ -208,7 +208,7 @@ def test_two_models_of_one_layout_share_a_store_and_no_chunk(opened):
     chains = [PrefixChain.of(namespace_of(weights_revision=r), range(18)) for r in ("r1", "r2")]
     for text, chain in zip("ab", chains, strict=True):
         store.save(chain, range(2), Pages(2, text=text), until=Durability.REMOTE).wait(PATIENCE_S)
-    store._memory.clear()
+    store._parts.memory.clear()
     for text, chain in zip("ab", chains, strict=True):
         pages = Pages(2)
         assert store.load(chain, range(2), pages).wait(PATIENCE_S).chunks == 2

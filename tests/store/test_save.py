@@ -87,7 +87,7 @@ def test_a_chunk_in_memory_is_sent_without_being_gathered_again(opened):
     store, pages = opened(backend), Pages(4, text="b")
     store.load(CHAIN, range(4), Pages(4)).wait(PATIENCE_S)
     backend.objects.clear()
-    store._presence.note(CHAIN.keys, present=False)
+    store._parts.presence.note(CHAIN.keys, present=False)
     assert save(store, pages=pages) == dict.fromkeys(range(4), STORED)
     assert pages.gathered == []
 
@@ -117,7 +117,7 @@ def test_a_put_whose_answer_was_lost_is_a_success(opened):
     store = opened(backend)
     assert set(save(store).values()) <= {STORED, PRESENT}
     assert set(lost) == set(backend.objects)
-    store._memory.clear()
+    store._parts.memory.clear()
     pages = Pages(4)
     assert store.load(CHAIN, range(4), pages).wait(PATIENCE_S).chunks == 4
     pages.assert_holds(range(4))
@@ -153,14 +153,14 @@ def test_saving_again_at_once_after_a_failure_starts_anew(opened, monkeypatch):
     backend.when("put", sending, name=".0-3")
     backend.when("put", MisconfiguredError("denied"), name=".0-3", times=1)
     store = opened(backend)
-    ended = store._writes._ended
+    ended = store._parts.writes._ended
 
     def end_late(*arguments):
         # Whoever waits for an upload may be told of its end before the queue has tidied up.
         tidying.block()
         ended(*arguments)
 
-    monkeypatch.setattr(store._writes, "_ended", end_late)
+    monkeypatch.setattr(store._parts.writes, "_ended", end_late)
     failed = store.save(chain_of(1), range(1), Pages(1, text="a"), until=Durability.REMOTE)
     sending.open()
     assert failed.wait(PATIENCE_S) == {0: SaveOutcome.FAILED}
@@ -202,7 +202,7 @@ def test_full_memory_drops_without_gathering_and_counts(opened):
     backend, gate = ScriptedBackend(), Gate()
     backend.when("put", gate)
     store, pages = opened(backend, memory_bytes=4 * 8192), Pages(4, text="a")
-    loading = [store._memory.arena.try_acquire() for _ in range(2)]
+    loading = [store._parts.memory.arena.try_acquire() for _ in range(2)]
     handle = store.save(CHAIN, range(4), pages)
     dropped = SaveOutcome.DROPPED_NO_MEMORY
     assert handle.outcomes() == {0: QUEUED, 1: QUEUED, 2: dropped, 3: dropped}
@@ -236,10 +236,12 @@ def test_behind_a_dropped_chunk_the_rest_of_the_span_is_dropped_too(opened, monk
     store, pages = opened(backend), Pages(4, text="a")
     answers = iter([True, False, True, True])
     if what == "queue":
-        monkeypatch.setattr(store._writes, "room", lambda: contextlib.nullcontext(next(answers)))
+        monkeypatch.setattr(store._parts.writes, "room", lambda: contextlib.nullcontext(next(answers)))
     else:
-        acquire = store._memory.arena.try_acquire
-        monkeypatch.setattr(store._memory.arena, "try_acquire", lambda: acquire() if next(answers) else None)
+        acquire = store._parts.memory.arena.try_acquire
+        monkeypatch.setattr(
+            store._parts.memory.arena, "try_acquire", lambda: acquire() if next(answers) else None
+        )
     outcomes = save(store, pages=pages)
     assert pages.gathered == [0]
     assert {outcomes[i] for i in (1, 2, 3)} <= {
@@ -257,7 +259,7 @@ def test_a_chunk_is_not_said_to_be_stored_because_others_behind_it_are(opened):
     settle(store)
     probe = opened(ScriptedBackend(dict(backend.objects)))
     probe.lookup(chain)
-    asked = {call.name for call in probe._backend._inner.calls if call.operation == "head"}
+    asked = {call.name for call in probe._parts.backend._inner.calls if call.operation == "head"}
     hole = next(i for i, key in enumerate(chain.keys) if i > 0 and name_of(key) not in asked)
     del backend.objects[name_of(chain.keys[hole])]
     assert store.lookup(chain).chunks == 40
@@ -336,7 +338,7 @@ def test_what_a_source_raises_reaches_the_caller_and_nothing_of_the_chunk_is_kep
     with pytest.raises(RuntimeError, match="device lost"):
         store.save(CHAIN, range(4), pages)
     assert store.flush(PATIENCE_S).chunks_left == 0
-    assert CHAIN.keys[2] not in store._memory
+    assert CHAIN.keys[2] not in store._parts.memory
     assert name_of(CHAIN.keys[2]) not in backend.objects
     assert_no_slot_lost(store)
 
@@ -363,7 +365,7 @@ def test_padding_is_zero_too_in_a_chunk_that_was_loaded_before_it_is_saved(opene
     soil(store)
     assert store.load(chain, range(2), Pages(2, form)).wait(PATIENCE_S).chunks == 2
     backend.objects.clear()
-    store._presence.note(chain.keys, present=False)
+    store._parts.presence.note(chain.keys, present=False)
     assert save(store, chain) == {0: STORED, 1: STORED}
     for key in chain.keys:
         assert_padding_is_zero(backend.data(name_of(key, form)))
@@ -371,8 +373,11 @@ def test_padding_is_zero_too_in_a_chunk_that_was_loaded_before_it_is_saved(opene
 
 def soil(store):
     """Fill every slot with what might be another's data."""
-    slots = [store._memory.arena.try_acquire() for _ in range(store._memory.arena.slots)]
-    slots += [store._writes._writer.buffers.try_acquire() for _ in range(store._writes._writer.buffers.slots)]
+    slots = [store._parts.memory.arena.try_acquire() for _ in range(store._parts.memory.arena.slots)]
+    slots += [
+        store._parts.writes._writer.buffers.try_acquire()
+        for _ in range(store._parts.writes._writer.buffers.slots)
+    ]
     for slot in slots:
         slot.memory[:] = b"\xdd" * len(slot.memory)
         slot.release()
@@ -426,7 +431,7 @@ def test_nothing_is_replaced_but_damage(opened):
     backend = ScriptedBackend(stored_chunks(CHAIN))
     store = opened(backend)
     for reason in (MissReason.TIMEOUT, MissReason.UNREACHABLE, MissReason.CHANGED, MissReason.BAD_VERSION):
-        store._presence.note_miss(CHAIN.keys[0], reason)
+        store._parts.presence.note_miss(CHAIN.keys[0], reason)
     save(store)
     assert not backend.count("replace")
 
@@ -449,12 +454,12 @@ def test_a_flush_of_no_time_at_all_does_not_wait(opened, monkeypatch):
     backend.when("put", gate)
     store = opened(backend)
     store.save(CHAIN, range(4), Pages(4, text="a"))
-    flush, asked = store._writes.flush, []
+    flush, asked = store._parts.writes.flush, []
 
     def spy(timeout_s):
         asked.append(timeout_s)
         return flush(0)
 
-    monkeypatch.setattr(store._writes, "flush", spy)
+    monkeypatch.setattr(store._parts.writes, "flush", spy)
     assert store.flush(timeout_s=0).chunks_left == 4
     assert asked == [0]

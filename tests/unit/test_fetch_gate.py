@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstore.fetch_gate import FetchGate
+from kvstore.fetch_gate import START, ConcurrencyLimit, FetchGate
 
 
 async def turns(count=20):
@@ -32,7 +32,7 @@ class Reader:
 
 def test_waiters_enter_layer_by_layer_then_chunk_by_chunk():
     async def run():
-        gate, inside, entered = FetchGate(1), [], []
+        gate, inside, entered = FetchGate(ConcurrencyLimit(1)), [], []
         first = Reader(gate, (9, 9), inside)
         await turns()
         readers = [Reader(gate, priority, inside) for priority in [(1, 0), (0, 2), (1, 1), (0, 1), (0, 2)]]
@@ -50,7 +50,7 @@ def test_waiters_enter_layer_by_layer_then_chunk_by_chunk():
 
 def test_those_of_equal_priority_enter_in_order_of_arrival():
     async def run():
-        gate, inside, entered = FetchGate(1), [], []
+        gate, inside, entered = FetchGate(ConcurrencyLimit(1)), [], []
         readers = [Reader(gate, (0, 0), inside) for _ in range(9)]
         await turns()
         while inside:
@@ -64,7 +64,7 @@ def test_those_of_equal_priority_enter_in_order_of_arrival():
 
 def test_a_block_that_raises_gives_its_place_back():
     async def run():
-        gate = FetchGate(1)
+        gate = FetchGate(ConcurrencyLimit(1))
         for _ in range(3):
             with pytest.raises(ZeroDivisionError):
                 async with gate.enter((0, 0)):
@@ -77,7 +77,7 @@ def test_a_block_that_raises_gives_its_place_back():
 
 def test_a_waiter_cancelled_just_when_its_turn_comes_passes_the_turn_on():
     async def run():
-        gate, inside = FetchGate(1), []
+        gate, inside = FetchGate(ConcurrencyLimit(1)), []
         first = gate.enter((0, 0))
         await first.__aenter__()
         second, third = (Reader(gate, (0, i), inside) for i in (1, 2))
@@ -99,7 +99,7 @@ STEPS = st.lists(
 @given(STEPS, st.integers(1, 3))
 def test_places_are_never_exceeded_and_never_lost(steps, places):
     async def run():
-        gate, inside, readers = FetchGate(places), [], []
+        gate, inside, readers = FetchGate(ConcurrencyLimit(places)), [], []
         for step, number in steps:
             if step == "enter":
                 readers.append(Reader(gate, (number % 3, number % 5), inside))
@@ -117,5 +117,55 @@ def test_places_are_never_exceeded_and_never_lost(steps, places):
         last = [Reader(gate, (0, 0), inside) for _ in range(places)]
         await turns()
         assert inside == last
+
+    asyncio.run(run())
+
+
+def test_the_limit_grows_only_while_all_places_are_taken_and_stops_at_the_most():
+    limit = ConcurrencyLimit(3 * START)
+    for _ in range(100):
+        limit.succeeded(inside=1)
+    assert limit.value == START
+    for _ in range(100):
+        limit.succeeded(inside=limit.value)
+    assert limit.value == 3 * START
+
+
+def test_the_limit_halves_once_for_all_reads_that_were_under_way_and_never_falls_below_one():
+    limit = ConcurrencyLimit(64)
+    epoch = limit.epoch
+    for _ in range(10):
+        limit.throttled(epoch)
+    assert limit.value == START // 2
+    for _ in range(10):
+        limit.throttled(limit.epoch)
+    assert limit.value == 1
+
+
+def test_after_a_decrease_the_limit_grows_by_one_a_round():
+    limit = ConcurrencyLimit(64)
+    limit.throttled(limit.epoch)
+    before = limit.value
+    for _ in range(before + 1):
+        limit.succeeded(inside=limit.value)
+    assert limit.value == before + 1
+
+
+def test_when_the_limit_has_grown_more_than_one_waiter_enters():
+    async def run():
+        limit = ConcurrencyLimit(START + 5)
+        gate, inside = FetchGate(limit), []
+        readers = [Reader(gate, (0, i), inside) for i in range(START + 5)]
+        await turns()
+        assert len(inside) == START
+        for _ in range(5):
+            limit.succeeded(inside=limit.value)
+        inside[0].leave.set()
+        await turns()
+        assert len(inside) == START + 4
+        for reader in readers:
+            reader.leave.set()
+        await asyncio.gather(*(reader.task for reader in readers))
+        assert gate.inside == 0
 
     asyncio.run(run())

@@ -36,8 +36,10 @@ def test_probing_finds_what_asking_one_by_one_finds(total):
         assert all(len(points) <= PROBES_PER_ROUND for points in rounds)
 
 
-def test_512_chunks_take_at_most_4_rounds():
-    assert max(len(search([True] * n + [False] * (512 - n))[1]) for n in range(513)) <= 4
+@pytest.mark.parametrize("total", [512, 4096])
+def test_512_and_4096_chunks_take_at_most_4_rounds(total):
+    counts = [*range(0, total, 7), *range(total - 40, total + 1)]
+    assert max(len(search([True] * n + [False] * (total - n))[1]) for n in counts) <= 4
 
 
 def test_16_chunks_take_one_round():
@@ -88,6 +90,7 @@ class Lab:
             prefix=PREFIX,
             shard=FORM.shard,
             memory=self.memory,
+            disk=None,
             presence=Presence(60.0, clock=self.clock),
             metrics=self.metrics,
             warn=WarnRarely(logging.getLogger("kvstore"), clock=self.clock),
@@ -129,6 +132,29 @@ def test_a_second_lookup_makes_no_request(present):
     requests = lab.requests
     assert lab.look() == first
     assert lab.requests == requests
+
+
+@pytest.mark.parametrize("present", [0, 100, 512])
+def test_what_is_known_is_answered_at_once_and_as_a_request_would(present):
+    lab = Lab(present)
+    assert lab.lookups.at_once(CHAIN.keys) is None
+    first = lab.look()
+    assert lab.lookups.at_once(CHAIN.keys) == first
+    lab.clock.now += ABSENT_TTL_S + 0.1
+    assert (lab.lookups.at_once(CHAIN.keys) is None) is (present < CHUNKS)
+
+
+def test_lookups_are_counted_by_how_much_they_found():
+    lab = Lab(100)
+    for chunks in (50, 100, 512):
+        lab.look(chunks)
+    lab.lookups.at_once(CHAIN.keys[:50])
+    value = lab.metrics.value
+    assert [value("kvstore_lookups_total", result=result) for result in ("full", "partial", "none")] == [
+        3,
+        1,
+        0,
+    ]
 
 
 def test_an_absence_is_asked_about_again_soon_and_a_sighting_is_not():

@@ -74,6 +74,10 @@ MALFORMED = {
     "prefix": ["/a", "a/", "a//b", "../a", "a/./b"],
     "endpoint_url": ["localhost:9000", "ftp://host", "http:/host"],
     "addressing_style": ["Path", "dns"],
+    "s3_transport": ["boto", "sockets"],
+    "ca_bundle": ["/no/such/file.pem"],
+    "disk_dir": ["relative/folder", "~/kv"],
+    "disk_bytes": ["8 gigs", "0", "-1"],
     "memory_bytes": ["8 gigs", "0", "-1", "nan", "inf", "GiB"],
     "codec": ["gzip", "zstd:0", "zstd:99", "zstd:x", "zstd:--1", "ZSTD"],
     "chunk_tokens": ["0", "-256", "1.5", "many", str((1 << 20) + 1), "0x10"],
@@ -266,5 +270,5 @@ def test_the_arena_never_takes_more_than_the_memory_set():
         except MisconfiguredError:
             continue
         with store:
-            arena = store._memory.arena
+            arena = store._parts.memory.arena
             assert arena.slots * arena.slot_bytes <= memory_bytes

@@ -1,0 +1,26 @@
+"""Page-locking host memory, so that copies between it and a GPU need no staging and can be asynchronous."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Callable
+
+Unlock = Callable[[], None]
+
+
+def page_lock(memory: memoryview) -> Unlock | None:
+    """Register `memory` (writable) with CUDA; returns what undoes it, to be called before it is freed.
+
+    None where this process has not begun to use CUDA, or the driver refuses (it may be out of
+    lockable memory): copies then work all the same, slower. Never imports torch.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return None
+    runtime = torch.cuda.cudart()
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    # Portable: every CUDA context of the process sees it as locked (cudaHostRegisterPortable).
+    if int(runtime.cudaHostRegister(address, len(memory), 1)):
+        return None
+    return lambda: runtime.cudaHostUnregister(address)

@@ -1,0 +1,148 @@
+"""One half of the disk tier, its reads or its writes: threads, a time limit, and a switch."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from kvstore.backends.blocking import BlockingCalls, Caller
+from kvstore.disk_circuit import Circuit
+from kvstore.disk_events import DiskEvents, DiskFailure, Half
+from kvstore.errors import KVStoreError, RetryableError
+from kvstore.warn import WarnRarely
+
+T = TypeVar("T")
+
+_FIXES = {
+    DiskFailure.HUNG: "the disk does not answer; look at the system's log",
+    DiskFailure.FULL: "make room on it, or set KVSTORE_DISK_BYTES to less",
+    DiskFailure.READ_ONLY: "mount it writable, or set KVSTORE_DISK_DIR to another folder",
+    DiskFailure.FORBIDDEN: "let this user read and write it, or set KVSTORE_DISK_DIR to another folder",
+    DiskFailure.MISSING: "make the folder, or mount its disk, or set KVSTORE_DISK_DIR to another one",
+    DiskFailure.IO_ERROR: "the disk seems to be damaged; look at the system's log",
+    DiskFailure.OTHER: "set KVSTORE_DISK_DIR to a folder on a local disk",
+}
+# With these a write is not worth another try before somebody has done something.
+_FOR_SURE = (DiskFailure.READ_ONLY, DiskFailure.FORBIDDEN, DiskFailure.MISSING)
+
+
+class DiskHalf:
+    """Blocking calls of one kind, for one event loop. Off after failures, until a probe succeeds.
+
+    probe        called in a thread of this half: if they all hang, it is not called, and fails
+    switched_on  called on the loop when it has been switched on again
+    """
+
+    def __init__(
+        self,
+        half: Half,
+        folder: Path,
+        *,
+        threads: int,
+        timeout_s: float,
+        circuit: Circuit,
+        probe: Callable[[Caller], None],
+        switched_on: Callable[[], None],
+        events: DiskEvents,
+        warn: WarnRarely,
+    ) -> None:
+        self._half = half
+        self._folder = folder
+        self._calls = BlockingCalls(threads, f"kvstore-disk-{half}")
+        self._timeout_s = timeout_s
+        self._circuit = circuit
+        self._probe = probe
+        self._switched_on = switched_on
+        self._events = events
+        self._warn = warn
+        self._probing: asyncio.Task[None] | None = None
+        self._cleaning: set[asyncio.Task[None]] = set()
+
+    @property
+    def off(self) -> bool:
+        """Whether nothing should be tried now. Any thread may ask."""
+        return self._circuit.off
+
+    async def run(self, work: Callable[[Caller], T]) -> T:
+        """The result of `work`. Raises OSError, counted already, as `work` does or for its time limit."""
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                result = await self._calls.run(work)
+        except OSError as error:
+            self.failed(error)
+            raise
+        self._circuit.succeeded()
+        return result
+
+    def clean(self, work: Callable[[], None]) -> None:
+        """Have `work` done, however long that takes; its errors are of no use to anybody."""
+
+        async def run() -> None:
+            with contextlib.suppress(OSError, KVStoreError):
+                await self._calls.run(lambda _: work())
+
+        task = asyncio.ensure_future(run())
+        self._cleaning.add(task)
+        task.add_done_callback(self._cleaning.discard)
+
+    async def try_first(self) -> None:
+        """Probe before anything else is tried; returns after the first answer, whatever it is."""
+        self._circuit.off = True
+        if not await self._probed():
+            self._events.degraded(self._half, off=True)
+            self._probing = asyncio.ensure_future(self._probe_until_on())
+
+    def failed(self, error: OSError) -> None:
+        """Count a failure, and switch off if it is one too many."""
+        how = DiskFailure.of(error)
+        self._events.failed(self._half, how)
+        for_sure = self._half is Half.WRITES and how in _FOR_SURE
+        # Of a full disk the tier knows how to live: it makes room first.
+        if how is DiskFailure.FULL or not self._circuit.failed(for_sure=for_sure):
+            self._say(how, error)
+            return
+        self._say(how, error)
+        self._events.degraded(self._half, off=True)
+        self._probing = asyncio.ensure_future(self._probe_until_on())
+
+    async def close(self, timeout_s: float) -> None:
+        """Finish cleaning and end the threads; what hangs is left behind, after `timeout_s` in all."""
+        if self._probing is not None:
+            self._probing.cancel()
+        started_s = time.monotonic()
+        if self._cleaning:
+            await asyncio.wait(self._cleaning, timeout=timeout_s)
+        await self._calls.close(max(0.0, started_s + timeout_s - time.monotonic()))
+        for task in self._cleaning:
+            task.cancel()
+
+    async def _probe_until_on(self) -> None:
+        while True:
+            await asyncio.sleep(self._circuit.next_pause_s())
+            if await self._probed():
+                self._events.degraded(self._half, off=False)
+                self._switched_on()
+                return
+
+    async def _probed(self) -> bool:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await self._calls.run(self._probe)
+        except (OSError, RetryableError) as error:
+            if isinstance(error, OSError):
+                self._say(DiskFailure.of(error), error)
+            return False
+        self._circuit.probed()
+        return True
+
+    def _say(self, how: DiskFailure, error: OSError) -> None:
+        what = error.strerror or f"took longer than {self._timeout_s:g} s"
+        self._warn(
+            f"disk {self._half} {how}",
+            f"{self._half} of the disk tier in {self._folder} fail, so chunks are not there: "
+            f"{what}; {_FIXES[how]}",
+        )

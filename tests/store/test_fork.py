@@ -1,0 +1,65 @@
+"""A child of a process with a store gets clear errors, not hangs, and cannot touch the parent's memory."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = """
+import os, signal, sys
+sys.path.insert(0, "tests")
+from samples import LAYOUT, Gate, Pages, ScriptedBackend, chain_of, store_of, stored_chunks
+from kvstore.errors import StoreClosedError
+
+chain = chain_of(2)
+backend, gate = ScriptedBackend(stored_chunks(chain)), Gate()
+store, pages = store_of(backend), Pages(2)
+assert store.load(chain, range(2), pages).wait(20).chunks == 2
+backend.when("get", gate)
+held = store.load(chain_of(2, first_token=99), range(2), Pages(2))
+slot = store._parts.memory.get(chain.keys[0])
+before = bytes(slot.memory)
+
+child = os.fork()
+if not child:
+    signal.alarm(20)
+    refused = []
+    calls = [
+        lambda: store.lookup(chain),
+        lambda: store.load(chain, range(2), Pages(2)),
+        lambda: store.save(chain, range(2), Pages(2)),
+        lambda: store.flush(),
+        lambda: held.wait(),
+        lambda: held.wait_layer(0),
+        lambda: held.cancel(),
+    ]
+    for call in calls:
+        try:
+            call()
+        except StoreClosedError as error:
+            refused.append("fork" in str(error))
+    store.close()
+    slot.memory[:] = bytes([0xEE]) * len(slot.memory)
+    os._exit(0 if refused == [True] * len(calls) else 1)
+
+status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+assert status == 0, status
+assert bytes(slot.memory) == before
+slot.release()
+gate.open()
+again = Pages(2)
+assert store.load(chain, range(2), again).wait(20).chunks == 2
+again.assert_holds(range(2))
+store.close()
+"""
+
+
+def test_after_a_fork_the_child_is_refused_and_the_parent_s_chunks_stay_as_they_are():
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SCRIPT],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,119 @@
+"""Every benchmark that needs nothing installed runs, and its last line has what the documents promise."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PROGRAMS = sorted(
+    path.stem for path in ROOT.glob("benchmarks/*.py") if 'prog="make bench' in path.read_text()
+)
+# They need nginx and other libraries, or LMCache.
+NOT_RUN = {"read_path", "peer_lmcache"}
+SMALL = {
+    "roundtrip": ["--chunks=1", "--rounds=1", "--backends", "memory", "filesystem"],
+    "overhead": ["--chunks=4", "--layers=3", "--rounds=1"],
+    "lookup": ["--rounds=1"],
+    "layerwise": ["--tokens", "512", "--rounds=1", "--memory-mib=128"],
+    "memory": ["--load-mib=640", "--memory-mib=128"],
+    "disk_tier": ["--chunks=1", "--rounds=1", "--entries=5000"],
+}
+FIELDS = {
+    "roundtrip": {"machine", "chunks", "chunk_bytes", "cases"},
+    "overhead": {"machine", "us_per_section"},
+    "lookup": {
+        "machine",
+        "cold_512_20ms_s",
+        "cold_4096_20ms_s",
+        "round_trips_512",
+        "warm_512_s",
+        "requests_512",
+    },
+    "layerwise": {"machine", "cases"},
+    "memory": {"machine", "peak_rss_bytes"},
+    "disk_tier": {
+        "machine",
+        "cases",
+        "leading_4096_us",
+        "touch_4096_us",
+        "index_bytes",
+        "add_us",
+        "evict_us",
+    },
+}
+CASES = {
+    "roundtrip": {"backend", "codec", "save_gbps", "load_gbps", "save_cpu_s_per_gb", "load_cpu_s_per_gb"},
+    "layerwise": {
+        "tokens",
+        "compute_s",
+        "transfer_s",
+        "layerwise_s",
+        "vs_ideal",
+        "vs_load_then_compute",
+    },
+    "disk_tier": {"case", "direction", "gbps", "cpu_s_per_gb", "gbps_vs_raw", "cpu_vs_raw", "cached_share"},
+}
+
+
+DOCUMENTED = {
+    "read_path": {
+        "sizes",
+        "object_bytes",
+        "range_bytes",
+        "gbps",
+        "gbps_vs_raw",
+        "cpu_vs_raw",
+        "cpu_vs_aiobotocore",
+        "cpu_vs_best_library",
+        "ticker_late_p99_ms",
+    },
+    "peer_lmcache": {
+        "sizes",
+        "object_bytes",
+        "load_gbps_ratio",
+        "load_cpu_ratio",
+        "store_gbps_ratio",
+        "store_cpu_ratio",
+        "lookup_512_20ms_ratio",
+    },
+}
+
+
+@pytest.mark.parametrize("name", sorted(SMALL))
+def test_a_benchmark_ends_in_one_json_object_with_its_fields(name):
+    result = run(name)
+    assert result.keys() >= FIELDS[name]
+    for case in result.get("cases", []):
+        assert case.keys() >= CASES.get(name, set())
+    if name == "memory":
+        assert result["peak_rss_bytes"] < result["loaded_bytes"] == 640 << 20
+
+
+def test_every_benchmark_is_run_here_or_known_not_to_be():
+    assert set(PROGRAMS) == {*SMALL, *NOT_RUN}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_benchmark_is_in_the_documents(name):
+    assert f"make bench NAME={name}" in (ROOT / "docs/benchmarks.md").read_text()
+
+
+@pytest.mark.parametrize("name", sorted(DOCUMENTED))
+def test_fields_of_the_others_are_documented(name):
+    docstring = ast.get_docstring(ast.parse((ROOT / f"benchmarks/{name}.py").read_text()))
+    assert DOCUMENTED[name] <= set(re.findall(r"\w+", docstring))
+
+
+def run(name: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", f"benchmarks.{name}", *SMALL[name]]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 1, done.stdout
+    return json.loads(lines[0])
