@@ -7,13 +7,14 @@ and a proxy that read a head differently, bytes of one answer become those of an
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
 HEAD_BYTES_MAX = 1 << 16
-_STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: .*)?\Z")
-_FIELD_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z")
+_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: [^\r\n\0]*)?\Z")
+_FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\r\n\0]*)\Z")
+_SHORT_BYTES = 4096
 _LENGTH = re.compile(r"[0-9]{1,19}\Z", re.ASCII)
 # Fields that only one answer to what the body is can have.
 _SINGLE = frozenset({"content-length", "transfer-encoding", "content-range", "etag", "content-encoding"})
@@ -54,15 +55,13 @@ def parse_head(block: bytes, method: str) -> AnswerHead:
 
     Raises BadAnswerError.
     """
-    text = block.decode("latin-1")
-    lines = text.split("\r\n")
-    if text.count("\n") >= len(lines) or text.count("\r") >= len(lines) or "\0" in text:
-        raise BadAnswerError("its head holds a control character")
-    match = _STATUS_LINE.match(lines[0])
+    status_line, *lines = block.split(b"\r\n")
+    match = _STATUS_LINE.match(status_line)
     if match is None:
         raise BadAnswerError("its first line is no status line of HTTP/1")
     status = int(match[2])
-    headers = _fields(lines)
+    # Cached where the head is as short as heads are.
+    headers = _joined(map(_field if len(block) < _SHORT_BYTES else _field.__wrapped__, lines))
     codings = headers.get("transfer-encoding", "").lower()
     if codings not in ("", "chunked"):
         raise BadAnswerError(f"it is sent in an encoding nobody asked for, {codings[:40]!r}")
@@ -76,34 +75,38 @@ def parse_head(block: bytes, method: str) -> AnswerHead:
     )
 
 
-def _fields(lines: Sequence[str]) -> dict[str, str]:
-    headers: dict[str, str] = {}
-    for index in range(1, len(lines)):
-        raw_name, colon, value = lines[index].partition(":")
-        name = _field_name(raw_name)
-        if not colon or not name:
-            raise BadAnswerError("a line of its head is no header field")
-        value = value.strip(" \t")
-        if name in headers:
-            if name in _SINGLE and headers[name] != value:
-                raise BadAnswerError(f"it has two different values of {name}")
-            value = value if name in _SINGLE else f"{headers[name]}, {value}"
-        headers[name] = value
+def _joined(lines: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """All fields, the values of those that come more than once joined as RFC 9110, 5.2, has it."""
+    fields = list(lines)
+    headers = dict(fields)
+    if len(headers) == len(fields):
+        return headers
+    headers.clear()
+    for name, value in fields:
+        if name not in headers:
+            headers[name] = value
+        elif name not in _SINGLE:
+            headers[name] = f"{headers[name]}, {value}"
+        elif headers[name] != value:
+            raise BadAnswerError(f"it has two different values of {name}")
     return headers
 
 
-@lru_cache(maxsize=256)
-def _field_name(raw: str) -> str:
-    """The name in lower case; empty if it is none. Cached: a server sends the same ones every time."""
-    return raw.lower() if _FIELD_NAME.match(raw) else ""
+@lru_cache(maxsize=512)
+def _field(line: bytes) -> tuple[str, str]:
+    """Name, in lower case, and value of a header field. Cached: most lines of answers are the same."""
+    match = _FIELD.match(line)
+    if match is None:
+        raise BadAnswerError("a line of its head is no header field")
+    return match[1].decode("ascii").lower(), match[2].decode("latin-1").strip(" \t")
 
 
-def _is_persistent(connection: str, minor_version: str) -> bool:
+def _is_persistent(connection: str, minor_version: bytes) -> bool:
     """Whether the connection stays open: its options, and the 1 or 0 of HTTP/1.1 or 1.0."""
     if not connection:
-        return minor_version == "1"
+        return minor_version == b"1"
     options = {option.strip() for option in connection.lower().split(",")}
-    return "close" not in options and (minor_version == "1" or "keep-alive" in options)
+    return "close" not in options and (minor_version == b"1" or "keep-alive" in options)
 
 
 def _body_bytes(headers: Mapping[str, str], status: int, method: str) -> int | None:
