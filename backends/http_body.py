@@ -10,6 +10,7 @@ from kvstore.backends.http_message import AnswerHead, BadAnswerError
 _PIECE_HEAD_BYTES_MAX = 1024
 _PIECE_LENGTH = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;|\Z)")
 _TRAILERS_MAX = 32
+_STEP_BYTES = 1 << 14
 
 
 class Source(Protocol):
@@ -28,9 +29,29 @@ class Body:
         self.at_end = head.body_bytes == 0
         self._source = source
         self._left = head.body_bytes
+        self._piece_left = 0
+        self._first_piece = True
 
-    async def receive(self, out: memoryview) -> int:
-        """Fill `out`, or as much of it as there is. Raises BadAnswerError where the body was cut."""
+    async def receive_into(self, out: memoryview) -> None:
+        """Fill `out`. Raises BadAnswerError where the body ends before."""
+        filled = await self._receive(out)
+        if filled < len(out):
+            raise BadAnswerError(f"its body ends {len(out) - filled} bytes early")
+        if self.head.chunked and not self.at_end and not self._piece_left:
+            await self._begin_piece()  # which may be the end, after which the connection is free
+
+    async def receive_rest(self, bytes_max: int) -> bytes:
+        """What is left, at most `bytes_max` of it. Raises BadAnswerError where it was cut."""
+        rest = bytearray()
+        buffer = memoryview(bytearray(min(bytes_max, _STEP_BYTES)))
+        while not self.at_end and len(rest) < bytes_max:
+            rest += buffer[: await self._receive(buffer[: bytes_max - len(rest)])]
+        return bytes(rest)
+
+    async def _receive(self, out: memoryview) -> int:
+        """Fill `out`, or as much of it as there is."""
+        if self.head.chunked:
+            return await self._receive_pieces(out)
         wanted = out if self._left is None else out[: self._left]
         count = await self._source.fill(wanted)
         if self._left is None:
@@ -42,28 +63,18 @@ class Body:
         self.at_end = not self._left
         return count
 
-
-class PiecedBody(Body):
-    """A body in pieces, each with its length before it (RFC 9112, 7.1)."""
-
-    def __init__(self, source: Source, head: AnswerHead) -> None:
-        super().__init__(source, head)
-        self._piece_left = 0
-        self._first_piece = True
-
-    async def receive(self, out: memoryview) -> int:
-        """See Body.receive."""
+    async def _receive_pieces(self, out: memoryview) -> int:
         filled = 0
-        while filled < len(out) and not self.at_end:
+        while filled < len(out):
             if not self._piece_left:
                 await self._begin_piece()
+            if self.at_end:
+                break
             wanted = out[filled : filled + self._piece_left]
             if await self._source.fill(wanted) < len(wanted):
                 raise BadAnswerError("its body ends in the middle of a piece")
             self._piece_left -= len(wanted)
             filled += len(wanted)
-        if not self.at_end and not self._piece_left:
-            await self._begin_piece()  # which may be the end, after which the connection is free
         return filled
 
     async def _begin_piece(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from kvstore.backends.http_body import Body, PiecedBody
+from kvstore.backends.http_body import Body
 from kvstore.backends.http_message import HEAD_BYTES_MAX, AnswerHead, BadAnswerError, parse_head
 from kvstore.backends.lane import Lane
 from kvstore.backends.stream import NOTHING_YET, Stream
@@ -14,7 +14,6 @@ from kvstore.backends.stream import NOTHING_YET, Stream
 _FIRST_READ_BYTES = 2048
 # Received at a time: the others in a lane want to get on, too.
 _STEP_BYTES = 1 << 19
-_REST_STEP_BYTES = 1 << 14
 _INTERIM_ANSWERS_MAX = 8
 _CONTINUE_BELOW = 200
 _NO_ANSWER = AnswerHead(0, {}, 0, chunked=False, keep_alive=False)
@@ -57,28 +56,26 @@ class Connection:
     async def exchange(self, method: str, head: bytes, parts: Sequence[memoryview] = ()) -> AnswerHead:
         """Send a request and receive the head of its answer; the body comes by the methods below."""
         self.reusable = False
-        await self._send([memoryview(head), *parts])
+        if parts:
+            await self._send([memoryview(head), *(part for part in parts if part.nbytes)])
+        else:
+            await self._send([memoryview(head)])
         answer = await self._receive_head(method)
         self.answers += 1
-        self._body = PiecedBody(self, answer) if answer.chunked else Body(self, answer)
+        self._body = Body(self, answer)
         self._note_end()
         return answer
 
     async def receive_into(self, out: memoryview) -> None:
         """Fill `out` with the next bytes of the body. Raises BadAnswerError where it ends before."""
-        count = await self._body.receive(out)
-        if count < len(out):
-            raise BadAnswerError(f"its body ends {len(out) - count} bytes early")
+        await self._body.receive_into(out)
         self._note_end()
 
     async def receive_rest(self, bytes_max: int) -> bytes:
         """What is left of the body, at most `bytes_max` of it."""
-        rest = bytearray()
-        buffer = memoryview(bytearray(min(bytes_max, _REST_STEP_BYTES)))
-        while not self._body.at_end and len(rest) < bytes_max:
-            rest += buffer[: await self._body.receive(buffer[: bytes_max - len(rest)])]
+        rest = await self._body.receive_rest(bytes_max)
         self._note_end()
-        return bytes(rest)
+        return rest
 
     def close(self) -> None:
         """Close the socket."""

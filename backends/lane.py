@@ -68,7 +68,7 @@ class Job(Generic[T]):
 class Lane:
     """What both kinds of lanes do. Its methods are for coroutines that run in it.
 
-    busy   how much of a core its thread took when it last looked, 0 to 1
+    busy   how much of a core its thread took when it last looked, 0 to 1; 0 while nothing waits in it
     jobs   how many it has, kept by whoever submits them
     now_s  time.monotonic() when it last looked
     """
@@ -188,6 +188,9 @@ class Lane:
         for job in [job for job in self._waiting.values() if job.until_s <= self.now_s]:
             if self._waiting.pop(job.awaited, None) is job:
                 self._advance(job, TimeoutError("nothing came or went in time"))
+        if not self._waiting:
+            # Nobody may look again before the next job, which is to come here.
+            self.busy = 0.0
 
     def _advance(self, job: Job[Any], error: BaseException | None = None) -> None:
         """Run a job until it waits again, or ends."""

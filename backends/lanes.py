@@ -14,8 +14,9 @@ from kvstore.errors import MisconfiguredError
 
 T = TypeVar("T")
 _THREADS_MAX = 8
-# From there on, the next lane is taken: small requests are cheapest in the event loop's own thread.
-_BUSY_MAX = float(os.environ.get("BUSY", "0.9"))
+# How much of a core a lane's thread may take before the next lane is used. Requests are cheapest in
+# the event loop's own thread, but it has other things to do as well.
+_BUSY_MAX = 0.7
 
 
 class Lanes:

@@ -210,7 +210,8 @@ async def _receive(connection: Connection, offset: int, out: memoryview, if_matc
     if if_match is not None and if_match != etag:
         return ReadResult(0, found.object_bytes, etag)
     if found.length:
-        await _skip(connection, found.skipped_bytes)
+        if found.skipped_bytes:
+            await _skip(connection, found.skipped_bytes)
         await connection.receive_into(out[: found.length])
     return ReadResult(found.length, found.object_bytes, etag)
 

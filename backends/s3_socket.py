@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
@@ -31,7 +32,7 @@ T = TypeVar("T")
 CREDENTIALS_S = 5.0
 _CLOSED = "the backend was used after close(), or closed while a request was signed; open another one"
 _log = logging.getLogger("kvstore.s3")
-_Make = Callable[["S3Requests", Lane, Credentials], Coroutine[Any, Any, T]]
+_Make = Callable[["S3Requests", Credentials, Lane], Coroutine[Any, Any, T]]
 
 
 class Wiring:
@@ -122,7 +123,7 @@ class S3SocketBackend:
         check_name(name)
         check_range(offset, out)
         result = await self._request(
-            lambda requests, lane, credentials: requests.read(
+            lambda requests, credentials, lane: requests.read(
                 lane, credentials, name, offset, out, if_match=if_match
             )
         )
@@ -142,7 +143,7 @@ class S3SocketBackend:
         check_name(name)
         views = byte_views(parts)
         return await self._request(
-            lambda requests, lane, credentials: requests.put(
+            lambda requests, credentials, lane: requests.put(
                 lane, credentials, name, views, if_absent=if_absent
             )
         )
@@ -150,7 +151,7 @@ class S3SocketBackend:
     async def head(self, name: str) -> ObjectInfo | None:
         """See Backend.head. A missing bucket looks like a missing object here."""
         check_name(name)
-        return await self._request(lambda requests, lane, credentials: requests.head(lane, credentials, name))
+        return await self._request(lambda requests, credentials, lane: requests.head(lane, credentials, name))
 
     async def list(self, prefix: str, *, start_after: str = "") -> AsyncIterator[ObjectInfo]:
         """See Backend.list."""
@@ -176,8 +177,9 @@ class S3SocketBackend:
         for _ in range(2):
             wiring = self._wiring or await self._wired()
             credentials = wiring.fresh_credentials() or await wiring.current_credentials()
+            work = partial(make, wiring.requests, credentials)
             try:
-                return await self._lanes.run(lambda lane: make(wiring.requests, lane, credentials))  # noqa: B023 it is called at once
+                return await self._lanes.run(work)
             except OtherRegionError as other:
                 region = other.region
             await self._move(wiring, region)
