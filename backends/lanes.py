@@ -44,7 +44,7 @@ class Lanes:
         Cancelled while work is queued: it never runs. Cancelled while work runs: work meets an
         AbandonedError where it waits, and this ends when work has.
         """
-        while self._running >= self._jobs_max:
+        while self._running >= self._jobs_max and not self._closed:
             await self._turn()
         if self._closed:
             raise MisconfiguredError(f"{self._name} was used after close(); open another one")
