@@ -54,9 +54,13 @@ class HostAddresses:
             stale = latest is None or (latest.done() and time.monotonic() > self._fresh_until_s)
             if stale or latest is None:
                 latest = self._latest = Future()
-                threading.Thread(
+                thread = threading.Thread(
                     target=self._look_up, args=(latest,), name="kvstore name lookup", daemon=True
-                ).start()
+                )
+                try:
+                    thread.start()
+                except RuntimeError as error:
+                    latest.set_exception(OSError(f"no thread to look up a name in: {error}"))
             return latest
 
     def _look_up(self, found: Future[list[Address]]) -> None:
