@@ -63,11 +63,12 @@ class CannedServer:
 
 @contextlib.asynccontextmanager
 async def canned_server(
-    *answers: bytes, tls: ssl.SSLContext | None = None, **options: object
+    *answers: bytes, tls: ssl.SSLContext | None = None, host: str = "127.0.0.1", **options: object
 ) -> AsyncIterator[CannedServer]:
     canned = CannedServer(list(answers), **options)  # type: ignore[arg-type]  # see CannedServer
-    server = await asyncio.start_server(canned.serve, "127.0.0.1", 0, ssl=tls)
-    canned.url = f"{'https' if tls else 'http'}://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    server = await asyncio.start_server(canned.serve, host, 0, ssl=tls)
+    shown = f"[{host}]" if ":" in host else host
+    canned.url = f"{'https' if tls else 'http'}://{shown}:{server.sockets[0].getsockname()[1]}"
     try:
         yield canned
     finally:
