@@ -130,10 +130,11 @@ class BlockingCalls:
         if self._closed:
             raise MisconfiguredError(f"{self._name} was used after close(); open another one")
         job = _Job(work, asyncio.get_running_loop())
+        # Before the job is queued: where no thread can be started, it must not run later on.
+        if len(self._threads) < min(self._running + 1, self._threads_max):
+            self._start_thread()
         self._running += 1
         self._queue.put(job)
-        if len(self._threads) < min(self._running, self._threads_max):
-            self._start_thread()
         try:
             return await job.ended
         except asyncio.CancelledError:
@@ -168,8 +169,14 @@ class BlockingCalls:
         loop = asyncio.get_running_loop()
         name = f"{self._name}-{len(self._threads)}"
         thread = threading.Thread(target=self._serve, args=(loop,), name=name, daemon=True)
-        self._threads.append(thread)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError:
+            # The system has no more threads; those that run can do it, one after the other.
+            if not self._threads:
+                raise
+        else:
+            self._threads.append(thread)
 
     def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
         while (job := self._queue.get()) is not None:

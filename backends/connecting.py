@@ -16,14 +16,12 @@ from typing import Any, NamedTuple
 from kvstore.backends.http_connection import Connection
 from kvstore.backends.http_message import BadAnswerError, request_head
 from kvstore.backends.lane import Lane
-from kvstore.backends.route import Proxy, Route
+from kvstore.backends.route import PROXY_AUTHENTICATION_REQUIRED, Proxy, Route
 from kvstore.backends.stream import Stream, TlsStream
-from kvstore.errors import MisconfiguredError
 
 # Long enough for a burst of connections, short enough to follow a server that moves.
 _FRESH_S = 5.0
 _SUCCESS = range(200, 300)
-_PROXY_AUTHENTICATION_REQUIRED = 407
 _IN_PROGRESS = (errno.EINPROGRESS, errno.EALREADY)
 _CONNECTED = (0, errno.EISCONN)
 _SCRATCH_BYTES = 1 << 18
@@ -57,9 +55,13 @@ class HostAddresses:
             stale = latest is None or (latest.done() and time.monotonic() > self._fresh_until_s)
             if stale or latest is None:
                 latest = self._latest = Future()
-                threading.Thread(
+                thread = threading.Thread(
                     target=self._look_up, args=(latest,), name="kvstore name lookup", daemon=True
-                ).start()
+                )
+                try:
+                    thread.start()
+                except RuntimeError as error:
+                    latest.set_exception(OSError(f"no thread to look up a name in: {error}"))
             return latest
 
     def _look_up(self, found: Future[list[Address]]) -> None:
@@ -142,11 +144,8 @@ class Connector:
         head = request_head("CONNECT", target, f"host:{target}\n{proxy.header_lines}")
         connection = Connection(self._lane, Stream(sock), until_s - self._lane.now_s)
         answer = await connection.exchange("CONNECT", head)
-        if answer.status == _PROXY_AUTHENTICATION_REQUIRED:
-            raise MisconfiguredError(
-                f"the proxy {proxy.host}:{proxy.port} wants a user and password; "
-                "set HTTPS_PROXY to http://user:password@host:port"
-            )
+        if answer.status == PROXY_AUTHENTICATION_REQUIRED:
+            raise self._route.wants_password()
         if answer.status not in _SUCCESS:
             raise BadAnswerError(f"the proxy {proxy.host}:{proxy.port} answered HTTP {answer.status}")
 

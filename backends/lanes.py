@@ -44,7 +44,7 @@ class Lanes:
         Cancelled while work is queued: it never runs. Cancelled while work runs: work meets an
         AbandonedError where it waits, and this ends when work has.
         """
-        while self._running >= self._jobs_max:
+        while self._running >= self._jobs_max and not self._closed:
             await self._turn()
         if self._closed:
             raise MisconfiguredError(f"{self._name} was used after close(); open another one")
@@ -68,6 +68,7 @@ class Lanes:
     async def close(self) -> None:
         """Wait for running work and end the threads."""
         self._closed = True
+        self._admit()
         if self._running:
             await self._idle.wait()
         for lane in self._lanes:
@@ -99,11 +100,13 @@ class Lanes:
 
     def _admit(self) -> None:
         """Let the next in the queue have another look."""
-        while self._queue and self._running < self._jobs_max:
+        while self._queue and (self._closed or self._running < self._jobs_max):
             turn = self._queue.popleft()
             if not turn.done():
                 turn.set_result(None)
-                break
+                # Those that wait at the end of it are told all at once.
+                if not self._closed:
+                    break
         if self._closed and not self._running:
             self._idle.set()
 

@@ -38,16 +38,17 @@ def open_backend(settings: Settings) -> Backend:
     if not _S3_BUCKET.match(settings.bucket):
         _refuse(settings.bucket, "is no name of an S3 bucket")
     from kvstore.backends.s3 import S3Backend, S3Options
+    from kvstore.backends.s3_socket import S3SocketBackend
 
-    return S3Backend(
-        S3Options(
-            bucket=settings.bucket,
-            endpoint_url=settings.endpoint_url,
-            region=settings.region,
-            addressing_style=settings.addressing_style,
-            max_connections=settings.fetch_concurrency + settings.upload_concurrency + _OTHER_CONNECTIONS,
-        )
+    options = S3Options(
+        bucket=settings.bucket,
+        endpoint_url=settings.endpoint_url,
+        region=settings.region,
+        addressing_style=settings.addressing_style,
+        ca_bundle=settings.ca_bundle,
+        max_connections=settings.fetch_concurrency + settings.upload_concurrency + _OTHER_CONNECTIONS,
     )
+    return S3SocketBackend(options) if settings.s3_transport == "socket" else S3Backend(options)
 
 
 def is_s3(settings: Settings) -> bool:

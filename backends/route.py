@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import base64
+import re
 import ssl
 from dataclasses import dataclass
 from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies_environment, proxy_bypass
 
 from kvstore.errors import MisconfiguredError
-from kvstore.masking import without_user
 
+PROXY_AUTHENTICATION_REQUIRED = 407
 _PORTS = {"http": 80, "https": 443}
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,14 @@ class Route:
     connect_timeout_s: float
     read_timeout_s: float
 
+    def wants_password(self) -> MisconfiguredError:
+        """The error for a proxy that answered PROXY_AUTHENTICATION_REQUIRED."""
+        assert self.proxy is not None
+        return MisconfiguredError(
+            f"the proxy {self.proxy.host}:{self.proxy.port} wants another user and password; "
+            f"set {_variable(self.server)} to http://user:password@host:port"
+        )
+
     @property
     def first_hop(self) -> tuple[str, int]:
         """Host and port to connect to."""
@@ -103,9 +113,21 @@ def proxy_for(server: Server) -> Proxy | None:
         parts, port = urlsplit(""), 0
     if parts.scheme != "http" or not parts.hostname:
         raise MisconfiguredError(
-            f"{server.scheme.upper()}_PROXY={without_user(url)!r} is no proxy that can be used; it takes "
-            "http://host:port or http://user:password@host:port (https:// and socks proxies are not spoken)"
+            f"{_variable(server)}={_masked(url)!r} is no proxy that can be used; it takes "
+            "http://host:port or http://user:password@host:port, special characters of those as %XX "
+            "(https:// and socks proxies are not spoken)"
         )
     user = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}"
     authorization = f"Basic {base64.b64encode(user.encode()).decode()}" if parts.username else ""
     return Proxy(parts.hostname, port, authorization)
+
+
+def _variable(server: Server) -> str:
+    return f"{server.scheme.upper()}_PROXY"
+
+
+def _masked(url: str) -> str:
+    """`url` without what may be a user and password, also where they are written in a wrong way."""
+    user, separator, host = url.rpartition("@")
+    scheme = _SCHEME.match(user)
+    return f"{scheme[0] if scheme else ''}****@{host}" if separator else url

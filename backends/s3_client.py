@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import os
@@ -22,6 +23,7 @@ from botocore.loaders import Loader, create_loader
 
 from kvstore.backends.s3 import S3Options
 from kvstore.backends.sigv4 import Credentials
+from kvstore.errors import MisconfiguredError
 
 _ANY_NAME = "object"
 
@@ -63,6 +65,9 @@ async def connect(options: S3Options) -> AsyncIterator[tuple[Any, AioSession]]:
         client.meta.events.register_first("needs-retry.s3", _leave_region)
         client.meta.config.s3 = {**client.meta.config.s3, "payload_signing_enabled": not encrypted}
         client.meta.events.register_first("before-sign.s3.HeadObject", _stop_if_locating)
+        if options.ca_bundle or session.get_config_variable("ca_bundle"):
+            # Every request reads it, plain ones too; one that cannot does not say which file it is.
+            await asyncio.to_thread(tls_context, options)
         yield client, session
 
 
@@ -144,12 +149,16 @@ def _add_md5(request: Any, **_: Any) -> None:
 def tls_context(options: S3Options) -> ssl.SSLContext:
     """How to verify a server: by the certificates that boto takes, and the system's own.
 
-    Raises OSError for a bundle that cannot be read.
+    Raises MisconfiguredError for a bundle that cannot be read. Reads files.
     """
-    session = AioSession()
-    bundle = options.ca_bundle or session.get_config_variable("ca_bundle")
-    if bundle:
-        return ssl.create_default_context(cafile=bundle)
-    context = ssl.create_default_context()
-    context.load_verify_locations(get_cert_path(verify=True))
+    bundle = options.ca_bundle or AioSession().get_config_variable("ca_bundle")
+    try:
+        context = ssl.create_default_context(cafile=bundle)
+        if not bundle:
+            context.load_verify_locations(get_cert_path(verify=True))
+    except OSError as error:
+        raise MisconfiguredError(
+            f"cannot read certificate authorities from {bundle or get_cert_path(verify=True)}: "
+            f"{error.strerror or error}; set KVSTORE_CA_BUNDLE or AWS_CA_BUNDLE to a file of PEM certificates"
+        ) from error
     return context

@@ -100,7 +100,7 @@ _SETTINGS_FIX = (
     "and the AWS_ variables"
 )
 _TLS_FIX = (
-    "set AWS_CA_BUNDLE to the certificate authority of the store, "
+    "set KVSTORE_CA_BUNDLE to a file with the certificate authority of the store, "
     "or KVSTORE_ENDPOINT_URL to a URL whose host its certificate names"
 )
 _REGION = re.compile(r"[a-z0-9-]{1,40}\Z")
@@ -152,7 +152,8 @@ def translated(options: S3Options, action: str) -> Iterator[None]:
         yield
     except ClientError as error:
         raise refusal(_what(options, action), code_of(error), status_of(error), _region_of(error)) from error
-    except FOREIGN as error:
+    except (*FOREIGN, RuntimeError) as error:
+        # RuntimeError: what botocore raises for credentials that are expired when they come.
         raise failure(options, action, error) from error
 
 
@@ -256,4 +257,4 @@ def _failure(what: str, error: Exception) -> KVStoreError:
         return MisconfiguredError(f"{quoted}; {_SETTINGS_FIX}")
     if isinstance(error, _TRANSPORT_ERRORS):
         return RetryableError(f"{quoted}; if it stays like that, check KVSTORE_ENDPOINT_URL and the network")
-    return RetryableError(f"{what}: {kind}")
+    return RetryableError(quoted if isinstance(error, RuntimeError) else f"{what}: {kind}")

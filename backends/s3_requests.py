@@ -14,7 +14,7 @@ from kvstore.backends.contract import ABSENT, Absent, ObjectInfo, PutResult, Put
 from kvstore.backends.http_connection import Connection
 from kvstore.backends.http_message import AnswerHead, BadAnswerError, request_head
 from kvstore.backends.lane import Lane
-from kvstore.backends.route import Route
+from kvstore.backends.route import PROXY_AUTHENTICATION_REQUIRED, Route
 from kvstore.backends.s3 import S3Options
 from kvstore.backends.s3_answers import answered_range
 from kvstore.backends.sigv4 import Credentials, Signer, encoded_path
@@ -207,6 +207,8 @@ class S3Requests:
     def _error(self, action: str, refusal: _Refusal) -> Exception:
         if refusal.region and refusal.region != self.region:
             return OtherRegionError(refusal.region)
+        if refusal.status == PROXY_AUTHENTICATION_REQUIRED and self._route.proxy is not None:
+            return self._route.wants_password()
         return s3_errors.refusal(
             f"cannot {action} in {self._options.location}",
             refusal.code or str(refusal.status),

@@ -31,6 +31,7 @@ T = TypeVar("T")
 CREDENTIALS_S = 5.0
 # What a request costs that moves next to nothing, as so many bytes.
 _REQUEST_BYTES = 1 << 16
+_CLOSED = "the backend was used after close(), or closed while a request was signed; open another one"
 _log = logging.getLogger("kvstore.s3")
 _Make = Callable[["S3Requests", Lane, Credentials], Coroutine[Any, Any, T]]
 
@@ -43,16 +44,44 @@ class Wiring:
         self._fetch = credentials
         self._fetched: Credentials | None = None
         self._fetched_s = 0.0
+        self._asking: asyncio.Task[Credentials] | None = None
+        self._closed = False
 
     def fresh_credentials(self) -> Credentials | None:
         """What to sign with, if boto's chain was asked a moment ago."""
         return self._fetched if time.monotonic() - self._fetched_s < CREDENTIALS_S else None
 
     async def current_credentials(self) -> Credentials:
-        """What to sign with now. Boto's chain, which refreshes them in good time, is asked rarely."""
+        """What to sign with now. Boto's chain, which refreshes them in good time, is asked rarely.
+
+        It may take longer than some callers wait: one question serves all, and goes on when they
+        are cancelled.
+        """
+        if self._closed:
+            raise MisconfiguredError(_CLOSED)
+        asking = self._asking
+        if asking is None or asking.done():
+            asking = self._asking = asyncio.create_task(self._ask())
+            # Looks at its exception, which asyncio would report as lost if every caller has left.
+            asking.add_done_callback(has_failed)
+        await asyncio.wait((asking,))
+        if self._closed:
+            raise MisconfiguredError(_CLOSED)
+        return asking.result()
+
+    async def close(self) -> None:
+        """Close connections as S3Requests.close does; who still waits for credentials gets none."""
+        self._closed = True
+        self.requests.close()
+        if self._asking is not None:
+            self._asking.cancel()
+            await asyncio.wait((self._asking,))
+
+    async def _ask(self) -> Credentials:
         asked_s = time.monotonic()
         fetched = await self._fetch()
-        if fetched != self._fetched:
+        # The signer keeps what belongs to one object of credentials.
+        if self._fetched is None or fetched != self._fetched:
             self._fetched = fetched
         self._fetched_s = asked_s
         return self._fetched
@@ -145,7 +174,7 @@ class S3SocketBackend:
     async def close(self) -> None:
         """See Backend.close."""
         if self._wiring is not None:
-            self._wiring.requests.close()
+            await self._wiring.close()
         await self._lanes.close()
         await self._control.close()
 

@@ -23,7 +23,8 @@ from kvstore.arena import whole_pages
 from kvstore.backends.contract import Backend
 from kvstore.backends.filesystem import FilesystemBackend
 from kvstore.backends.memory import MemoryBackend
-from kvstore.backends.s3 import S3Backend, S3Options
+from kvstore.backends.s3 import S3Options
+from kvstore.backends.s3_socket import S3SocketBackend
 from kvstore.layout import ChunkForm
 from localstack.moto import moto_bucket
 
@@ -123,7 +124,7 @@ def _s3_moto(stack: ExitStack) -> Callable[[], Backend]:
         endpoint_url=bucket["KVSTORE_ENDPOINT_URL"],
         region=bucket["KVSTORE_REGION"],
     )
-    return lambda: S3Backend(options)
+    return lambda: S3SocketBackend(options)
 
 
 BACKENDS = {"memory": _memory, "filesystem": _filesystem, "s3-moto": _s3_moto}

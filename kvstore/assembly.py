@@ -19,7 +19,7 @@ from kvstore.codecs.registry import parse_codec
 from kvstore.disk_tier import DiskTier
 from kvstore.errors import MisconfiguredError
 from kvstore.event_loop import EventLoopThread
-from kvstore.keys import format_folder
+from kvstore.keys import format_folder, namespace_document_name
 from kvstore.layout import ChunkForm
 from kvstore.lookup import Lookups
 from kvstore.memory_tier import MemoryTier
@@ -36,6 +36,7 @@ _log = logging.getLogger("kvstore")
 SLOTS_MIN = 2
 DISCONNECT_TIMEOUT_S = 5.0
 _DISK_READS = 8
+_NO_NAMESPACE = "0" * 16
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class Assembly:
             # A listing, as it writes nothing and tells a missing bucket from a missing object.
             async for _ in self.backend.list(format_folder(prefix)):
                 break
+            # Objects may go another way than listings: that is to be set up by now, too.
+            await self.backend.head(namespace_document_name(prefix, _NO_NAMESPACE))
         except Exception as error:
             self.warn(
                 BACKEND_TROUBLE, f"{self.backend.location} cannot be used, engines compute cold: {error}"

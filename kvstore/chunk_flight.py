@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from kvstore.arena import Slot
@@ -110,6 +111,7 @@ class ChunkFlights:
     def __init__(self, tiers: ReadTiers) -> None:
         self._tiers = tiers
         self._under_way: dict[bytes, ChunkFlight] = {}
+        self._copying = 0
 
     def join(self, key: ChunkKey, turn: Turn, waiter: Waiter) -> ChunkFlight:
         """Wait for a chunk, with those who wait for it already if there are any.
@@ -121,6 +123,7 @@ class ChunkFlights:
             flight = ChunkFlight(key, turn, self._tiers.fetcher.form.layers)
             self._under_way[key.hash] = flight
             flight.task = asyncio.create_task(self._run(flight))
+            flight.task.add_done_callback(partial(self._ended, flight))
         flight.join(waiter)
         return flight
 
@@ -138,11 +141,16 @@ class ChunkFlights:
         if self._under_way.get(flight.key.hash) is flight:
             del self._under_way[flight.key.hash]
 
+    def _ended(self, flight: ChunkFlight, _: asyncio.Task[None]) -> None:
+        self._copying -= flight.copies_to is not None
+
     async def _run(self, flight: ChunkFlight) -> None:
         error: Exception | None = None
+        whole = False
         flight.slot = self._tiers.memory.arena.try_acquire()
         try:
             await self._fetch(flight)
+            whole = True
             if flight.slot is not None:
                 self._tiers.memory.admit(flight.key, flight.slot)
         except Exception as failure:
@@ -151,21 +159,31 @@ class ChunkFlights:
             self._forget(flight)
             if flight.slot is not None:
                 flight.slot.release()
-            if flight.copy is not None and (error is not None or not all(flight.arrived)):
+            if flight.copy is not None and not whole:
                 flight.copy.abandon()
         for waiter in tuple(flight.waiters):
             waiter.ended(error)
-        if flight.copy is not None and error is None:
+        if flight.copy is not None and whole:
             await flight.copy.finish()
 
     async def _fetch(self, flight: ChunkFlight) -> None:
         disk = self._tiers.disk
         if disk is not None and flight.key in disk.tier and await self._fetched_from_disk(flight, disk):
             return
+        if not flight.waiters:
+            # The last one left while the tasks of a read that failed were being ended, which took it for
+            # part of that.
+            raise asyncio.CancelledError
         # A copy needs the whole object; what has arrived already will not come again.
-        flight.copies_to = None if disk is None or any(flight.arrived) else disk.tier
+        if disk is not None and not any(flight.arrived) and self._may_copy():
+            flight.copies_to = disk.tier
+            self._copying += 1
         await self._fetch_from(flight, self._tiers.backend)
         self._tiers.presence.note_stored(flight.key)
+
+    def _may_copy(self) -> bool:
+        """Whether one more chunk may be held for its copy: not those of a disk that takes none of them."""
+        return 2 * self._copying < self._tiers.memory.arena.slots
 
     async def _fetched_from_disk(self, flight: ChunkFlight, disk: DiskSource) -> bool:
         try:

@@ -126,6 +126,8 @@ class Lookups:
             for here in (True, False):
                 # Those in between are not noted: a save must not skip one that is in truth a hole.
                 self.presence.note([keys[i] for i, found in answers if found is here], present=here)
+            if high < len(keys):
+                self.presence.forget(keys[high + 1 :])
             note(low)
 
     async def _ask(self, keys: Sequence[ChunkKey], points: Sequence[int]) -> list[tuple[int, bool]]:

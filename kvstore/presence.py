@@ -81,6 +81,12 @@ class Presence:
             while len(self._known) > ENTRIES_MAX:
                 self._known.popitem(last=False)
 
+    def forget(self, keys: Iterable[ChunkKey]) -> None:
+        """Know nothing any more of these chunks: one before them is gone, so they prove nothing."""
+        with self._lock:
+            for key in keys:
+                self._known.pop(key.hash, None)
+
     def note_miss(self, key: ChunkKey, reason: MissReason) -> None:
         """Remember that loading a chunk found it absent or damaged; other reasons prove nothing."""
         if reason is MissReason.ABSENT or reason in DAMAGE:

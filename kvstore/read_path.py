@@ -204,6 +204,8 @@ class ChunkLoad:
         self._limit = index
         self._fail(index, reason)
         self._path.presence.note_miss(self._keys[index], reason)
+        if reason is MissReason.ABSENT:
+            self._path.presence.forget(self._keys[index + 1 :])
         if reason is not MissReason.ABSENT:
             topic = BACKEND_TROUBLE if reason is MissReason.UNREACHABLE else f"miss {reason}"
             said = error if isinstance(error, KVStoreError) else repr(error)

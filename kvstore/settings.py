@@ -45,6 +45,12 @@ def _check_folder(value: str) -> str:
     return value
 
 
+def _check_file(value: str) -> str:
+    if value and not Path(value).is_file():
+        raise ValueError("is no file")
+    return value
+
+
 def _check_codec(value: str) -> str:
     from kvstore.codecs.registry import parse_codec
 
@@ -100,6 +106,13 @@ class Settings(BaseSettings):
     )
     addressing_style: Literal["auto", "path", "virtual"] = Field(
         "auto", description="auto, path or virtual: where the bucket's name stands in URLs"
+    )
+    s3_transport: Literal["socket", "aiobotocore"] = Field(
+        "socket", description="socket or aiobotocore: what moves objects to and from S3"
+    )
+    ca_bundle: Annotated[str, AfterValidator(_check_file)] = Field(
+        "",
+        description="a file of certificate authorities for https; empty for AWS_CA_BUNDLE's or the system's",
     )
     memory_bytes: Bytes = Field(
         ByteSize(1 << 30), description="a size such as 512MiB or 8GiB: host memory that keeps chunks"

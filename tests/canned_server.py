@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -61,10 +62,12 @@ class CannedServer:
 
 
 @contextlib.asynccontextmanager
-async def canned_server(*answers: bytes, **options: object) -> AsyncIterator[CannedServer]:
+async def canned_server(
+    *answers: bytes, tls: ssl.SSLContext | None = None, **options: object
+) -> AsyncIterator[CannedServer]:
     canned = CannedServer(list(answers), **options)  # type: ignore[arg-type]  # see CannedServer
-    server = await asyncio.start_server(canned.serve, "127.0.0.1", 0)
-    canned.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    server = await asyncio.start_server(canned.serve, "127.0.0.1", 0, ssl=tls)
+    canned.url = f"{'https' if tls else 'http'}://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     try:
         yield canned
     finally:

@@ -9,6 +9,7 @@ from kvstore.backends.filesystem import FilesystemBackend
 from kvstore.backends.memory import MemoryBackend
 from kvstore.backends.opening import filesystem_folder, is_s3, open_backend
 from kvstore.backends.s3 import S3Backend
+from kvstore.backends.s3_socket import S3SocketBackend
 from kvstore.errors import MisconfiguredError
 from kvstore.settings import Settings, load_settings
 
@@ -20,11 +21,15 @@ def settings(bucket: str, **others: object) -> Settings:
 @pytest.mark.parametrize("name", ["my-bucket", "abc", "a.b-c.0", "Old_Bucket", "x" * 63])
 def test_a_plain_name_is_an_s3_bucket(name: str) -> None:
     backend = open_backend(settings(name, endpoint_url="http://127.0.0.1:9000/"))
-    assert isinstance(backend, S3Backend)
+    assert isinstance(backend, S3SocketBackend)
     assert backend.location == f"http://127.0.0.1:9000/{name}"
     assert open_backend(settings(name)).location == f"s3://{name}"
     assert is_s3(settings(name))
     assert filesystem_folder(settings(name)) is None
+
+
+def test_boto_s_transport_is_used_where_it_is_asked_for() -> None:
+    assert isinstance(open_backend(settings("my-bucket", s3_transport="aiobotocore")), S3Backend)
 
 
 def test_a_file_url_is_a_folder(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Ways to a bucket: which server, how its URLs are written, which of our two planes asks."""
+"""Ways to a bucket: which server, how its URLs are written, which of our two planes asks if one does."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,12 +6,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from kvstore.backends.contract import Backend
-from kvstore.backends.s3 import S3Backend, S3Options
-from kvstore.backends.s3_socket import S3SocketBackend
+from kvstore.backends.s3 import S3Options
 from localstack.contract import REGION, Store
-
-PLANES = {"aiobotocore": S3Backend, "socket": S3SocketBackend}
 
 
 @dataclass(frozen=True)
@@ -19,7 +15,7 @@ class Access:
     """One way. `server`: name of the fixture that runs it."""
 
     server: str
-    plane: str
+    plane: str = "both"
     style: Literal["path", "virtual"] = "path"
     tls: bool = False
 
@@ -47,7 +43,3 @@ def options_of(access: Access, store: Store, monkeypatch: pytest.MonkeyPatch) ->
         addressing_style=access.style,
         ca_bundle=store.ca_bundle if by_setting else "",
     )
-
-
-def open_plane(plane: str, options: S3Options) -> Backend:
-    return PLANES[plane](options)

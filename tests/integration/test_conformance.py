@@ -1,5 +1,6 @@
 import pytest
-from integration.access import PLANES, Access, open_plane, options_of
+from integration.access import Access, options_of
+from s3_planes import PLANES, open_plane
 
 from kvstore.backends.contract import Backend
 from kvstore.testing import BackendConformance

@@ -107,4 +107,4 @@ def test_doctor_names_a_missing_bucket(rgw):
 def test_doctor_names_an_untrusted_certificate(rgw):
     code, checks = doctor(environment_of(rgw, tls=True, AWS_CA_BUNDLE=""))
     assert (code, checks["bucket"]["status"]) == (3, "fail")
-    assert "AWS_CA_BUNDLE" in checks["bucket"]["detail"] + checks["bucket"]["fix"]
+    assert "KVSTORE_CA_BUNDLE" in checks["bucket"]["detail"] + checks["bucket"]["fix"]

@@ -5,44 +5,27 @@ import uuid
 from dataclasses import replace
 
 import pytest
-from integration.access import PLANES, Access, open_plane, options_of
+from integration.access import Access, options_of
+from s3_planes import PLANES, PlaneParity, open_plane
 
 from kvstore.backends.contract import PutStatus
 
 WRITERS = 8
 ROUNDS = 10
 OBJECT_BYTES = 100_000
+WAYS = [
+    Access(server, style=style, tls=tls)
+    for server, tls in (("rgw", False), ("rgw", True), ("localstack", False), ("moto", False))
+    for style in ("path", "virtual")
+    if (server, style) != ("moto", "path")  # in the tests that need nothing installed
+]
 
 
-@pytest.mark.parametrize("style", ["path", "virtual"])
-@pytest.mark.parametrize(
-    ("server", "tls"), [("rgw", False), ("rgw", True), ("localstack", False), ("moto", False)]
-)
-def test_what_one_plane_put_the_other_reads_with_the_same_etag(server, tls, style, request, monkeypatch):
-    access = Access(server, "socket", style, tls)
-    options = options_of(access, request.getfixturevalue(server), monkeypatch)
-    # Every kind of character that URLs, signatures and XML treat in ways of their own.
-    name = f"parity-{uuid.uuid4().hex}/a b+c%2F&'\"<é>~(1)*!;:@=,$"
-
-    async def scenario() -> None:
-        planes = [open_plane(plane, options) for plane in PLANES]
-        try:
-            for writer, reader in (planes, reversed(planes)):
-                put = await writer.put(name, [b"0123", b"456789"], if_absent=True)
-                assert put.status is PutStatus.CREATED
-                assert (await reader.put(name, [b"other"], if_absent=True)).status is PutStatus.EXISTS
-                out = bytearray(4)
-                read = await reader.read_into(name, 3, memoryview(out), if_match=put.etag)
-                assert (bytes(out), read.length, read.object_bytes) == (b"3456", 4, 10)
-                assert await reader.head(name) == await writer.head(name)
-                assert [found.name async for found in reader.list(name)] == [name]
-                await reader.delete([name])
-                assert await writer.head(name) is None
-        finally:
-            for plane in planes:
-                await plane.close()
-
-    asyncio.run(scenario())
+class TestPlanesOnRealServers(PlaneParity):
+    @pytest.fixture(autouse=True, params=WAYS, ids=str)
+    def _store(self, request, monkeypatch):
+        access = request.param
+        self.options = options_of(access, request.getfixturevalue(access.server), monkeypatch)
 
 
 @pytest.mark.parametrize("plane", PLANES)

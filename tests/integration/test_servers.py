@@ -5,7 +5,8 @@ import urllib.request
 from dataclasses import replace
 
 import pytest
-from integration.access import Access, open_plane, options_of
+from integration.access import Access, options_of
+from s3_planes import open_plane
 
 from kvstore.backends.contract import Backend
 from kvstore.backends.s3 import S3Options

@@ -3,6 +3,7 @@
 import asyncio
 import random
 import threading
+import time
 
 import pytest
 from samples import (
@@ -21,7 +22,9 @@ from samples import (
 
 import kvstore.assembly
 from kvstore.errors import MissReason
+from kvstore.handles import Durability, SaveOutcome
 from kvstore.plan import FetchLimits
+from kvstore.presence import ABSENT_TTL_S
 
 CHAIN = chain_of(4)
 CODECS = ["none", "zstd"]
@@ -182,6 +185,20 @@ def test_a_load_that_comes_while_left_reads_are_being_ended_gets_its_own_and_kee
         pages.assert_holds(range(4))
     assert backend.count("get") == 8
     assert_no_slot_lost(store)
+
+
+def test_a_chunk_found_absent_is_not_proven_present_by_those_behind_it_later_on(opened):
+    backend = ScriptedBackend(stored_chunks(CHAIN))
+    store = opened(backend)
+    assert store.lookup(CHAIN).chunks == 4
+    for key in CHAIN.keys[1:]:
+        del backend.objects[name_of(key)]
+    assert store.load(CHAIN, range(4), Pages(4)).wait(PATIENCE_S).chunks == 1
+    store._parts.presence._clock = lambda: time.monotonic() + 2 * ABSENT_TTL_S
+    assert store.lookup(CHAIN).chunks == 1
+    # So what is computed anew is stored anew, all of it.
+    saved = store.save(CHAIN, range(1, 4), Pages(4, text="a"), until=Durability.REMOTE).wait(PATIENCE_S)
+    assert set(saved.values()) == {SaveOutcome.STORED}
 
 
 def test_groups_follow_what_was_learned_of_the_link(opened, monkeypatch):

@@ -167,6 +167,20 @@ def test_an_absence_is_asked_about_again_soon_and_a_sighting_is_not():
     assert lab.requests == requests + 1
 
 
+def test_chunks_behind_one_that_was_deleted_do_not_bring_it_back():
+    lab = Lab(100)
+    assert lab.look(100).chunks == 100
+    lab.clock.now += 61
+    for key in CHAIN.keys[20:100]:
+        lab.remove(key)
+    lab.lookups.presence.note(CHAIN.keys[60:100], present=True)  # seen by other lookups just before
+    lab.lookups.presence.note([CHAIN.keys[20]], present=False)
+    lab.lookups.presence.forget(CHAIN.keys[21:])
+    for _ in range(3):
+        assert lab.look(100).chunks == 20
+        lab.clock.now += ABSENT_TTL_S + 0.1
+
+
 def test_a_sighting_is_asked_about_again_when_its_time_is_over():
     lab = Lab(10)
     assert lab.look(10).chunks == 10

@@ -74,6 +74,8 @@ MALFORMED = {
     "prefix": ["/a", "a/", "a//b", "../a", "a/./b"],
     "endpoint_url": ["localhost:9000", "ftp://host", "http:/host"],
     "addressing_style": ["Path", "dns"],
+    "s3_transport": ["boto", "sockets"],
+    "ca_bundle": ["/no/such/file.pem"],
     "disk_dir": ["relative/folder", "~/kv"],
     "disk_bytes": ["8 gigs", "0", "-1"],
     "memory_bytes": ["8 gigs", "0", "-1", "nan", "inf", "GiB"],
