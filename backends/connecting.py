@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
@@ -109,14 +110,13 @@ class Connector:
         self, addresses: list[Address], until_s: float, on_idle_event: Callable[[int], None]
     ) -> socket.socket:
         """Try one address after the other; each has its share of the time that is left."""
-        failure: OSError | None = None
-        for tried, address in enumerate(addresses):
+        if not addresses:
+            raise OSError("its name has no address")
+        for tried, address in enumerate(addresses[:-1]):
             share_s = (until_s - self._lane.now_s) / (len(addresses) - tried)
-            try:
+            with contextlib.suppress(OSError):
                 return await self._connect_to(address, self._lane.now_s + share_s, on_idle_event)
-            except OSError as error:
-                failure = error
-        raise failure or OSError("its name has no address")
+        return await self._connect_to(addresses[-1], until_s, on_idle_event)
 
     async def _connect_to(
         self, address: Address, until_s: float, on_idle_event: Callable[[int], None]

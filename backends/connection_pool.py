@@ -15,7 +15,7 @@ class ConnectionPool:
     """Open connections of `lane` along `route`. For what runs in that lane, but for the count.
 
     A connection that was idle for IDLE_S_MAX is not used again. One that ends, or says something,
-    while it is idle is closed at once.
+    while it is idle is closed: what it says would be taken for the answer to the next request.
     """
 
     def __init__(self, lane: Lane, route: Route, addresses: HostAddresses) -> None:
@@ -36,7 +36,7 @@ class ConnectionPool:
         # The latest one first: its congestion window is open, and the others may age out.
         while self._idle:
             _, connection = self._idle.popitem()
-            if self._lane.now_s - connection.idle_since_s < IDLE_S_MAX:
+            if self._lane.now_s - connection.idle_since_s < IDLE_S_MAX and connection.is_quiet():
                 self._in_use += 1
                 return connection
             connection.close()

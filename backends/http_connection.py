@@ -16,8 +16,13 @@ _FIRST_READ_BYTES = 2048
 _STEP_BYTES = 1 << 19
 _INTERIM_ANSWERS_MAX = 8
 _CONTINUE_BELOW = 200
+_REDIRECTION = 300
 _NO_ANSWER = AnswerHead(0, {}, 0, chunked=False, keep_alive=False)
 _NOTHING = memoryview(b"")
+# One that has not come whole, or nothing yet.
+_PART_OF_INTERIM = re.compile(
+    rb"(?:H|HT|HTT|HTTP|HTTP/|HTTP/1|HTTP/1\.|HTTP/1\.[01] ?|HTTP/1\.[01] 1(?s:.*))?\Z"
+)
 _INTERIM_ANSWER = re.compile(rb"HTTP/1\.[01] 1(?s:.*?)\r\n\r\n")
 
 
@@ -61,6 +66,8 @@ class Connection:
         else:
             await self._send([memoryview(head)])
         answer = await self._receive_head(method)
+        if self._request_cut and answer.status < _REDIRECTION:
+            raise BadAnswerError("it says yes to a request of which it has only a part")
         self.answers += 1
         self._body = Body(self, answer)
         self._note_end()
@@ -76,6 +83,13 @@ class Connection:
         rest = await self._body.receive_rest(bytes_max)
         self._note_end()
         return rest
+
+    def is_quiet(self) -> bool:
+        """Whether the server has neither said anything since the last answer nor closed the connection."""
+        try:
+            return self._stream.receive(self._buffer[:1]) == NOTHING_YET
+        except OSError:
+            return False
 
     def close(self) -> None:
         """Close the socket."""
@@ -135,7 +149,9 @@ class Connection:
             self._surplus = memoryview(bytes(self._surplus) + self._buffer[:count])
         while interim := _INTERIM_ANSWER.match(self._surplus):
             self._surplus = self._surplus[interim.end() :]
-        return len(self._surplus) > 0
+        if len(self._surplus) > HEAD_BYTES_MAX:
+            raise BadAnswerError(f"its head is longer than {HEAD_BYTES_MAX} bytes")
+        return _PART_OF_INTERIM.match(self._surplus) is None
 
     async def _receive_head(self, method: str) -> AnswerHead:
         until_s = self._lane.now_s + self._timeout_s

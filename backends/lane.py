@@ -128,6 +128,7 @@ class Lane:
         job.until_s = until_s
         job.awaited = descriptor
         self._waiting[descriptor] = job
+        del job  # see _advance
         yield
 
     @types.coroutine
@@ -140,6 +141,7 @@ class Lane:
         awaited = job.awaited = object()
         self._waiting[awaited] = job
         future.add_done_callback(lambda _: self._call_soon(lambda: self._go_on(awaited)))
+        del job  # see _advance
         yield
         return future.result()
 
@@ -207,8 +209,12 @@ class Lane:
         except AbandonedError:
             self._end(job)
         except BaseException as raised:
-            job.error = raised
+            # Without this frame: an error whose frames know the job that has it would live, with
+            # views of the caller's buffers, until the garbage collector comes by.
+            job.error = raised.with_traceback(raised.__traceback__ and raised.__traceback__.tb_next)
             self._end(job)
+        finally:
+            error = None  # which may have this frame as well
 
     def _end(self, job: Job[Any]) -> None:
         # Its frames hold views of buffers that the caller gets back.

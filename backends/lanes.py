@@ -63,6 +63,7 @@ class Lanes:
             lane.jobs -= 1
             self._running -= 1
             self._admit()
+            del job  # see Lane._advance
 
     async def close(self) -> None:
         """Wait for running work and end the threads."""

@@ -70,7 +70,8 @@ def answered_range(
         raise RetryableError(f"the store answered a ranged read with HTTP {status}, range {described[:80]!r}")
     first, last, object_bytes = map(int, match.groups())
     length = min(wanted, object_bytes - offset)
-    if first != offset or last != offset + length - 1 or body_bytes not in (None, length):
+    # A range that is there has at least one byte; without one, the store answers 416.
+    if length < 1 or first != offset or last != offset + length - 1 or body_bytes not in (None, length):
         raise RetryableError(
             f"the store sent {body_bytes} bytes as range {described!r}; asked for were {wanted} from {offset}"
         )

@@ -19,7 +19,7 @@ from botocore.parsers import ResponseParserError
 
 from kvstore.backends.http_message import BadAnswerError
 from kvstore.backends.s3 import S3Options
-from kvstore.errors import KVStoreError, MisconfiguredError, RetryableError
+from kvstore.errors import KVStoreError, MisconfiguredError, RetryableError, ThrottledError
 from kvstore.masking import without_user
 
 __all__ = [
@@ -38,6 +38,7 @@ NOT_FOUND = 404
 PRECONDITION_FAILED = 412
 RANGE_NOT_SATISFIABLE = 416
 _RETRYABLE_STATUS = (408, 409, 425, 429)
+_THROTTLED_STATUS = (429, 503)
 _BAD_REQUEST = 400
 _SERVER_ERROR = 500
 
@@ -87,6 +88,10 @@ _PERMISSION_FIX = (
     "let the credentials (AWS_ACCESS_KEY_ID, AWS_PROFILE or the machine's role) do s3:GetObject, "
     "s3:PutObject, s3:DeleteObject and s3:ListBucket there, or set KVSTORE_BUCKET to another bucket"
 )
+# For a refusal without a code: HEAD has no body that could say why.
+_REFUSED_FIX = (
+    f"the store does not say why: {_CREDENTIALS_FIX}; set this machine's clock; or {_PERMISSION_FIX}"
+)
 _REGION_FIX = (
     "set KVSTORE_REGION to the bucket's region, and KVSTORE_ENDPOINT_URL to its endpoint if it has one"
 )
@@ -121,18 +126,17 @@ _STATUS_FIXES = {
     303: _REGION_FIX,
     307: _REGION_FIX,
     308: _REGION_FIX,
-    401: _PERMISSION_FIX,
-    403: _PERMISSION_FIX,
+    401: _REFUSED_FIX,
+    403: _REFUSED_FIX,
     404: _FIXES["NoSuchBucket"],
     501: "use a store that honours PUT with If-None-Match, ranged reads and ListObjectsV2",
 }
+# Codes that ask for fewer requests, whatever the status.
+_THROTTLED_CODES = ("SlowDown", "Throttling", "ThrottlingException", "TooManyRequests", "ServiceUnavailable")
 # Codes of 4xx answers that S3 documents as passing.
 _RETRYABLE_CODES = (
     "RequestTimeout",
-    "SlowDown",
-    "Throttling",
     "InternalError",
-    "ServiceUnavailable",
     "OperationAborted",
     "ConditionalRequestConflict",
     "IncompleteBody",
@@ -222,12 +226,18 @@ def refusal(what: str, code: str, status: int, region: str = "") -> KVStoreError
     fix = _fix_of(code, status)
     if fix is _REGION_FIX and region:
         message += f" from region {region}"
-    return RetryableError(message) if fix is None else MisconfiguredError(f"{message}; {fix}")
+    if fix is not None:
+        return MisconfiguredError(f"{message}; {fix}")
+    return ThrottledError(message) if _is_throttling(code, status) else RetryableError(message)
+
+
+def _is_throttling(code: str, status: int) -> bool:
+    return code in _THROTTLED_CODES or status in _THROTTLED_STATUS
 
 
 def _fix_of(code: str, status: int) -> str | None:
     """What a person must change; None where waiting may be enough."""
-    if code in _RETRYABLE_CODES or status in _RETRYABLE_STATUS:
+    if code in _RETRYABLE_CODES or status in _RETRYABLE_STATUS or _is_throttling(code, status):
         return None
     fix = _FIXES.get(code) or _STATUS_FIXES.get(status)
     if fix is None and _BAD_REQUEST <= status < _SERVER_ERROR:

@@ -12,7 +12,7 @@ from kvstore.backends.connecting import HostAddresses
 from kvstore.backends.connection_pool import ConnectionPool
 from kvstore.backends.contract import ABSENT, Absent, ObjectInfo, PutResult, PutStatus, ReadResult
 from kvstore.backends.http_connection import Connection
-from kvstore.backends.http_message import AnswerHead, request_head
+from kvstore.backends.http_message import AnswerHead, BadAnswerError, request_head
 from kvstore.backends.lane import Lane
 from kvstore.backends.route import PROXY_AUTHENTICATION_REQUIRED, Route
 from kvstore.backends.s3 import OtherRegionError, S3Options
@@ -24,6 +24,8 @@ _OK = 200
 _SUCCESS = range(200, 300)
 _READ_STATUS = (200, 206)
 _REDIRECTS = (301, 302, 307, 308)
+# Where only the text of a refusal says what it is: which of object and bucket is missing, say.
+_TOLD_BY_TEXT = (400, s3_errors.NOT_FOUND)
 _REFUSAL_BYTES = 1 << 14
 _SKIP_BYTES = 1 << 16
 _CODE = re.compile(rb"<Code>([A-Za-z0-9.]{1,60})</Code>")
@@ -56,6 +58,7 @@ class S3Requests:
         self._signer = Signer(route.server.authority, region)
         self._addresses = HostAddresses(*route.first_hop)
         self._pools: dict[Lane, ConnectionPool] = {}
+        self._closed = False
         # A proxy is given requests whole, unless it only tunnels TLS through.
         whole = route.proxy is not None and not route.server.encrypted
         self._origin = f"{route.server.scheme}://{route.server.authority}" if whole else ""
@@ -68,6 +71,7 @@ class S3Requests:
 
     def close(self) -> None:
         """Have idle connections closed, and others when their request ends."""
+        self._closed = True
         for lane, pool in list(self._pools.items()):
             lane.call(pool.close)
 
@@ -187,6 +191,9 @@ class S3Requests:
         pool = self._pools.get(lane)
         if pool is None:
             pool = self._pools[lane] = ConnectionPool(lane, self._route, self._addresses)
+            if self._closed:
+                # For a request that began before the bucket was found to be elsewhere.
+                pool.close()
         return pool
 
     def _error(self, action: str, refusal: _Refusal) -> Exception:
@@ -226,7 +233,13 @@ async def _skip(connection: Connection, count: int) -> None:
 
 async def _refusal(connection: Connection) -> _Refusal:
     answer = connection.answer
-    body = await connection.receive_rest(_REFUSAL_BYTES)
+    try:
+        body = await connection.receive_rest(_REFUSAL_BYTES)
+    except (OSError, BadAnswerError):
+        # A server that refuses a body unread resets the connection, at times before its text is here.
+        if answer.status in _TOLD_BY_TEXT:
+            raise
+        body = b""
     code = _CODE.search(body)
     element = _REGION_ELEMENT.search(body)
     region = answer.headers.get("x-amz-bucket-region", "")
@@ -247,7 +260,7 @@ def _describe(name: str, answer: AnswerHead) -> ObjectInfo:
     try:
         modified = parsedate_to_datetime(headers["last-modified"])
         return ObjectInfo(name, int(headers["content-length"]), _etag(answer), modified.timestamp())
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, OverflowError):
         raise RetryableError(
             f"the store's answer about {name!r} has no Content-Length or Last-Modified"
         ) from None

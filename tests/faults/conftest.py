@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import AsyncExitStack
+from typing import Any
+
+import pytest
+from aws_credentials import use_test_credentials
+from scripted_server import Script
+from socket_stage import PATIENCE_S, LaneKind, Stage, staged
+
+Scene = Callable[[Stage], Coroutine[Any, Any, None]]
+PATIENT = {"read_timeout_s": 60.0, "connect_timeout_s": 60.0}
+BRIEF = {"read_timeout_s": 0.1, "connect_timeout_s": 0.1}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _credentials() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        use_test_credentials(patch)
+        yield
+
+
+class Theatre:
+    """Plays scenes in one event loop. Stages stay, as it takes long to set one up."""
+
+    def __init__(self, runner: asyncio.Runner) -> None:
+        self._runner = runner
+        self._stages: dict[tuple[str, bool], Stage] = {}
+        self._stack = AsyncExitStack()
+
+    def play(self, kind: LaneKind, scene: Scene, *scripts: Script, patient: bool = True) -> None:
+        """Play a scene whose server plays `scripts`. A patient backend never times out."""
+
+        async def bounded() -> None:
+            async with asyncio.timeout(PATIENCE_S):
+                if (kind, patient) not in self._stages:
+                    fresh = staged(kind, **(PATIENT if patient else BRIEF))
+                    self._stages[kind, patient] = await self._stack.enter_async_context(fresh)
+                stage = self._stages[kind, patient]
+                stage.server.play(*scripts)
+                await scene(stage)
+                await stage.settle()
+
+        try:
+            self._runner.run(bounded())
+        except BaseException:
+            # The next scene shall not inherit what this one left.
+            self._stages.pop((kind, patient), None)
+            raise
+
+    def close(self) -> None:
+        """End all stages."""
+        self._runner.run(self._stack.aclose())
+
+
+@pytest.fixture(scope="module")
+def theatre() -> Iterator[Theatre]:
+    with asyncio.Runner() as runner:
+        theatre = Theatre(runner)
+        yield theatre
+        theatre.close()
+
+
+@pytest.fixture(params=["loop", "thread"])
+def play(request: pytest.FixtureRequest, theatre: Theatre) -> Callable[..., None]:
+    def play(scene: Scene, *scripts: Script, patient: bool = True) -> None:
+        theatre.play(request.param, scene, *scripts, patient=patient)
+
+    return play
+
+
+@pytest.fixture(params=["loop", "thread"])
+def kind(request: pytest.FixtureRequest) -> LaneKind:
+    return request.param  # type: ignore[no-any-return]
