@@ -26,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks.report import machine, print_result, say
-from kvstore.disk_tier import DiskTier
+from kvstore.disk.tier import DiskTier
 from kvstore.eviction import PrefixEviction
 from kvstore.keys import ChunkKey, PrefixChain, object_name
 from kvstore.layout import ChunkForm, DType, KVLayout

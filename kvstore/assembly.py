@@ -16,7 +16,7 @@ from kvstore.chunk_fetch import ChunkFetcher
 from kvstore.chunk_flight import ChunkFlights, DiskSource, ReadTiers
 from kvstore.chunk_writer import ChunkWriter
 from kvstore.codecs.registry import parse_codec
-from kvstore.disk_tier import DiskTier
+from kvstore.disk.tier import DiskTier
 from kvstore.errors import MisconfiguredError
 from kvstore.event_loop import EventLoopThread
 from kvstore.keys import format_folder, namespace_document_name

@@ -10,8 +10,8 @@ from typing import Protocol
 from kvstore.arena import Slot
 from kvstore.chunk import ChunkHeader
 from kvstore.chunk_fetch import ChunkFetcher, SlotWindow, StoredCopy
-from kvstore.disk_copy import DiskCopy
-from kvstore.disk_tier import DiskTier
+from kvstore.disk.copy import DiskCopy
+from kvstore.disk.tier import DiskTier
 from kvstore.errors import KVStoreError, MissError
 from kvstore.keys import ChunkKey
 from kvstore.memory_tier import MemoryTier

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from kvstore.backends.contract import Backend
-from kvstore.disk_tier import DiskTier
+from kvstore.disk.tier import DiskTier
 from kvstore.errors import KVStoreError, MissReason
 from kvstore.handles import LookupResult
 from kvstore.keys import ChunkKey, object_name

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from kvstore.disk_events import Departure, DiskFailure, FillDrop, Half
+from kvstore.disk.events import Departure, DiskFailure, FillDrop, Half
 from kvstore.errors import MissReason
 
 # From a page cache's reply to a stalled request that runs into its deadline.

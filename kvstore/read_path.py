@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from kvstore.chunk_fetch import SlotWindow
 from kvstore.chunk_flight import ChunkFlight, ChunkFlights
-from kvstore.disk_tier import DiskTier
+from kvstore.disk.tier import DiskTier
 from kvstore.errors import KVStoreError, MissError, MissReason
 from kvstore.event_loop import EventLoopThread, to_its_end
 from kvstore.handles import LoadHandle

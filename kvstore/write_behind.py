@@ -14,7 +14,7 @@ from functools import partial
 from kvstore.arena import Slot
 from kvstore.backends.contract import Backend, Buffer, PutStatus
 from kvstore.chunk_writer import ChunkWriter
-from kvstore.disk_tier import DiskTier
+from kvstore.disk.tier import DiskTier
 from kvstore.errors import KVStoreError, StoreClosedError
 from kvstore.event_loop import EventLoopThread
 from kvstore.handles import FlushReport, SaveOutcome

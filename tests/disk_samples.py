@@ -18,8 +18,8 @@ import pytest
 from chunk_samples import TINY_LAYOUT, raw_chunk, tiny_keys, tiny_namespace
 
 from kvstore.backends.contract import ABSENT
-from kvstore.disk_events import Departure, DiskFailure, FillDrop, Half
-from kvstore.disk_tier import DiskLimits, DiskTier
+from kvstore.disk.events import Departure, DiskFailure, FillDrop, Half
+from kvstore.disk.tier import DiskLimits, DiskTier
 from kvstore.keys import ChunkKey, object_name
 from kvstore.layout import Shard
 

@@ -24,8 +24,8 @@ from disk_samples import (
     until,
 )
 
-from kvstore.disk_events import Departure, FillDrop
-from kvstore.disk_tier import DiskLimits, DiskTier
+from kvstore.disk.events import Departure, FillDrop
+from kvstore.disk.tier import DiskLimits, DiskTier
 from kvstore.keys import ChunkKey, object_name
 from kvstore.layout import Shard
 

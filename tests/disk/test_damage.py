@@ -24,8 +24,8 @@ from disk_samples import (
 from kvstore.arena import Arena
 from kvstore.chunk_fetch import ChunkFetcher
 from kvstore.chunk_flight import ChunkFlight
-from kvstore.disk_events import Departure
-from kvstore.disk_tier import DiskTier
+from kvstore.disk.events import Departure
+from kvstore.disk.tier import DiskTier
 from kvstore.errors import MissError, MissReason
 from kvstore.keys import ChunkKey
 from kvstore.layout import ChunkForm

@@ -37,8 +37,8 @@ from disk_samples import (
 )
 
 from kvstore.backends.contract import ABSENT
-from kvstore.disk_events import DiskFailure, FillDrop, Half
-from kvstore.disk_tier import DiskTier
+from kvstore.disk.events import DiskFailure, FillDrop, Half
+from kvstore.disk.tier import DiskTier
 from kvstore.errors import RetryableError
 from kvstore.keys import ChunkKey
 

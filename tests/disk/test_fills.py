@@ -27,9 +27,9 @@ from disk_samples import (
 )
 
 from kvstore.backends.contract import ABSENT
-from kvstore.disk_events import FillDrop
-from kvstore.disk_folder import DiskFolder
-from kvstore.disk_tier import DiskLimits, DiskTier
+from kvstore.disk.events import FillDrop
+from kvstore.disk.folder import DiskFolder
+from kvstore.disk.tier import DiskLimits, DiskTier
 from kvstore.errors import MisconfiguredError
 
 KEYS = keys_of(8)

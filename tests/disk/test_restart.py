@@ -26,7 +26,7 @@ from disk_samples import (
     until,
 )
 
-from kvstore.disk_tier import DiskTier
+from kvstore.disk.tier import DiskTier
 from kvstore.keys import ChunkKey
 
 KEYS = keys_of(6)
@@ -37,7 +37,7 @@ WRITER = """
 import asyncio, sys
 from pathlib import Path
 from disk_samples import GB, LIMITS, SHARD, data_of, keys_of
-from kvstore.disk_tier import DiskTier
+from kvstore.disk.tier import DiskTier
 
 async def fill(tier, key):
     data = data_of(key)

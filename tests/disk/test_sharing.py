@@ -28,8 +28,8 @@ from disk_samples import (
     until,
 )
 
-from kvstore.disk_events import Departure, FillDrop
-from kvstore.disk_tier import DiskLimits, DiskTier
+from kvstore.disk.events import Departure, FillDrop
+from kvstore.disk.tier import DiskLimits, DiskTier
 from kvstore.keys import ChunkKey
 
 KEYS = keys_of(6)
@@ -40,7 +40,7 @@ CHURN = """
 import asyncio, random, sys
 from pathlib import Path
 from disk_samples import COST_BYTES, LIMITS, SHARD, data_of, get, keys_of, look, put
-from kvstore.disk_tier import DiskTier
+from kvstore.disk.tier import DiskTier
 
 async def main(folder, seed):
     source = random.Random(seed)

@@ -8,9 +8,9 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from kvstore import disk_io
 from kvstore.backends.blocking import AbandonedError, Caller
-from kvstore.disk_fill import Ranges
+from kvstore.disk import io as disk_io
+from kvstore.disk.fill import Ranges
 from kvstore.errors import RetryableError
 
 BLOCK = disk_io.BLOCK_BYTES

@@ -22,12 +22,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from kvstore import disk_io
 from kvstore.backends.blocking import Caller
 from kvstore.backends.contract import ReadResult
 from kvstore.backends.object_files import entries, etag, status
 from kvstore.chunk import HEADER_REGION_BYTES_MAX, ChunkHeader, decode_header
-from kvstore.disk_file import NewFile, cost_bytes
+from kvstore.disk import io as disk_io
+from kvstore.disk.file import NewFile, cost_bytes
 from kvstore.errors import MissError, MissReason
 from kvstore.keys import FORMAT_FOLDER, ObjectName, parse_object_name
 from kvstore.layout import SECTION_ALIGN_MAX

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from kvstore.backends.blocking import BlockingCalls, Caller
-from kvstore.disk_circuit import Circuit
-from kvstore.disk_events import DiskEvents, DiskFailure, Half
+from kvstore.circuit import Circuit
+from kvstore.disk.events import DiskEvents, DiskFailure, Half
 from kvstore.errors import KVStoreError, RetryableError
 from kvstore.warn import WarnRarely
 

@@ -21,20 +21,20 @@ from typing import Literal
 from kvstore.backends.arguments import check_range
 from kvstore.backends.blocking import BlockingCalls, Caller
 from kvstore.backends.contract import ABSENT, Absent, ReadResult
-from kvstore.disk_circuit import Circuit
-from kvstore.disk_events import Departure, DiskEvents, FillDrop, Half, NoDiskEvents
-from kvstore.disk_file import likely_cost_bytes
-from kvstore.disk_fill import DiskFill, FillParts
-from kvstore.disk_folder import Chunk, DiskFolder, place
-from kvstore.disk_half import DiskHalf
-from kvstore.disk_index import DiskIndex
-from kvstore.disk_upkeep import DiskUpkeep
+from kvstore.circuit import Circuit
+from kvstore.disk.events import Departure, DiskEvents, FillDrop, Half, NoDiskEvents
+from kvstore.disk.file import likely_cost_bytes
+from kvstore.disk.fill import DiskFill, FillParts
+from kvstore.disk.folder import Chunk, DiskFolder, place
+from kvstore.disk.half import DiskHalf
+from kvstore.disk.index import DiskIndex
+from kvstore.disk.upkeep import DiskUpkeep
 from kvstore.errors import MisconfiguredError, RetryableError
 from kvstore.keys import ChunkKey, parse_object_name
 from kvstore.layout import Shard
 from kvstore.warn import WarnRarely
 
-_log = logging.getLogger("kvstore.disk_tier")
+_log = logging.getLogger("kvstore.disk.tier")
 _hash_of = attrgetter("hash")
 # A look at the folder takes at most this share of a core.
 _LOOK_SHARE = 0.02

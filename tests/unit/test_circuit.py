@@ -1,4 +1,4 @@
-from kvstore.disk_circuit import Circuit
+from kvstore.circuit import Circuit
 
 
 def circuit() -> Circuit:

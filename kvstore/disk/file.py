@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from kvstore import disk_io
 from kvstore.backends.blocking import AbandonedError, Caller
+from kvstore.disk import io as disk_io
 
 # What a file takes besides its bytes is not told by every file system until later.
 _ALLOCATION_BYTES = 4096

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 
-from kvstore.disk_events import FillDrop
-from kvstore.disk_folder import Chunk, FoundFile, Place
+from kvstore.disk.events import FillDrop
+from kvstore.disk.folder import Chunk, FoundFile, Place
 from kvstore.eviction import PrefixEviction, Victim
 
 # What may be written since the last look at what other processes wrote: a share of the budget, or

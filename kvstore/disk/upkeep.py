@@ -8,9 +8,9 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 from kvstore.backends.blocking import Caller
-from kvstore.disk_events import Departure, DiskEvents, DiskFailure, Half
-from kvstore.disk_folder import Chunk, DiskFolder, FoundFile, Place, is_absence
-from kvstore.disk_index import DiskIndex
+from kvstore.disk.events import Departure, DiskEvents, DiskFailure, Half
+from kvstore.disk.folder import Chunk, DiskFolder, FoundFile, Place, is_absence
+from kvstore.disk.index import DiskIndex
 from kvstore.errors import MissError, MissReason, RetryableError
 from kvstore.eviction import Victim
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from kvstore.arena import Slot
-from kvstore.disk_fill import DiskFill
+from kvstore.disk.fill import DiskFill
 
 
 class DiskCopy:

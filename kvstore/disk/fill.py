@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from kvstore.backends.arguments import byte_views
 from kvstore.backends.blocking import AbandonedError, Caller
 from kvstore.backends.contract import Buffer
-from kvstore.disk_events import DiskEvents, DiskFailure, FillDrop
-from kvstore.disk_file import NewFile, cost_bytes
-from kvstore.disk_folder import Chunk, DiskFolder
-from kvstore.disk_half import DiskHalf
-from kvstore.disk_index import DiskIndex, Reservation
-from kvstore.disk_upkeep import DiskUpkeep
+from kvstore.disk.events import DiskEvents, DiskFailure, FillDrop
+from kvstore.disk.file import NewFile, cost_bytes
+from kvstore.disk.folder import Chunk, DiskFolder
+from kvstore.disk.half import DiskHalf
+from kvstore.disk.index import DiskIndex, Reservation
+from kvstore.disk.upkeep import DiskUpkeep
 from kvstore.errors import KVStoreError, MisconfiguredError
 
 
