@@ -12,13 +12,16 @@ from pathlib import Path
 from kvstore.arena import Arena, whole_pages
 from kvstore.backends.contract import Backend
 from kvstore.backends.metered import MeteredBackend
+from kvstore.backlog import Backlog, BacklogLimits
 from kvstore.chunk_fetch import ChunkFetcher
 from kvstore.chunk_flight import ChunkFlights, DiskSource, ReadTiers
 from kvstore.chunk_writer import ChunkWriter
 from kvstore.codecs.registry import parse_codec
+from kvstore.disk.journal_folder import Destination
 from kvstore.disk.tier import DiskTier
 from kvstore.errors import MisconfiguredError
 from kvstore.event_loop import EventLoopThread
+from kvstore.handles import Durability
 from kvstore.keys import format_folder, namespace_document_name
 from kvstore.layout import ChunkForm
 from kvstore.lookup import Lookups
@@ -29,8 +32,9 @@ from kvstore.presence import Presence
 from kvstore.range_reader import RangeReader
 from kvstore.read_path import ReadPath
 from kvstore.settings import Settings
+from kvstore.uploader import Uploader
 from kvstore.warn import BACKEND_TROUBLE, WarnRarely
-from kvstore.write_behind import UploadLimits, WriteBehind
+from kvstore.write_behind import JOURNAL_PLACES, DiskParts, QueueLimits, WriteBehind
 
 _log = logging.getLogger("kvstore")
 SLOTS_MIN = 2
@@ -59,6 +63,7 @@ class Assembly:
         """
         if self.disk is not None:
             await self.disk.open()
+        self.writes.begin()
         try:
             # A listing, as it writes nothing and tells a missing bucket from a missing object.
             async for _ in self.backend.list(format_folder(prefix)):
@@ -74,6 +79,7 @@ class Assembly:
 
     async def disconnect(self) -> None:
         """Close the tiers, in bounded time."""
+        await self.writes.end()
         if self.disk is not None:
             await self.disk.close()
         try:
@@ -101,7 +107,8 @@ class Assembler:
                 Arena(largest_read_bytes(form, self._limits), settings.fetch_concurrency) for _ in range(2)
             )
         with _allocating("KVSTORE_UPLOAD_CONCURRENCY", settings.upload_concurrency):
-            self._writer = ChunkWriter(form, parse_codec(settings.codec), settings.upload_concurrency)
+            buffers = settings.upload_concurrency + JOURNAL_PLACES
+            self._writer = ChunkWriter(form, parse_codec(settings.codec), buffers)
         self._disk = self._disk_tier()
         self._presence = Presence(settings.presence_ttl_s)
 
@@ -143,6 +150,7 @@ class Assembler:
     def _disk_tier(self) -> DiskTier | None:
         settings = self._settings
         if not settings.disk_dir:
+            self._refuse_without_disk()
             return None
         if settings.disk_bytes < self._form.raw_bytes:
             raise MisconfiguredError(
@@ -156,9 +164,27 @@ class Assembler:
             events=self._metrics.disk_events(),
             warn=self._warn,
         )
+        if settings.journal_bytes < self._form.raw_bytes:
+            raise MisconfiguredError(
+                f"KVSTORE_JOURNAL_BYTES={settings.journal_bytes} holds no chunk of {self._form.raw_bytes} "
+                "bytes; set it to that or more"
+            )
         self._metrics.watch_tier("disk", lambda: disk.chunks)
         self._metrics.watch_disk(lambda: disk.occupied_bytes)
         return disk
+
+    def _refuse_without_disk(self) -> None:
+        settings = self._settings
+        if settings.durability is Durability.JOURNALED:
+            raise MisconfiguredError(
+                "KVSTORE_DURABILITY=journaled needs a disk, but KVSTORE_DISK_DIR is empty; "
+                "set KVSTORE_DISK_DIR to a folder on a local disk, or KVSTORE_DURABILITY=queued"
+            )
+        if settings.when_full == "spill":
+            raise MisconfiguredError(
+                "KVSTORE_WHEN_FULL=spill needs a disk, but KVSTORE_DISK_DIR is empty; "
+                "set KVSTORE_DISK_DIR to a folder on a local disk, or KVSTORE_WHEN_FULL=drop"
+            )
 
     def _lookups(self, backend: MeteredBackend) -> Lookups:
         return Lookups(
@@ -212,18 +238,39 @@ class Assembler:
 
     def _write_behind(self, backend: MeteredBackend, loop: EventLoopThread) -> WriteBehind:
         settings = self._settings
+        places = asyncio.Semaphore(settings.upload_concurrency)
+        uploader = Uploader(backend, settings.prefix, self._presence, self._metrics.retried_writes().inc)
         return WriteBehind(
-            backend=backend,
-            disk=self._disk,
-            prefix=settings.prefix,
+            uploader=uploader,
+            disk=self._disk_parts(backend, uploader, places, loop),
             writer=self._writer,
             form=self._form,
-            limits=UploadLimits(self._queue_chunks(), settings.upload_concurrency, settings.upload_timeout_s),
-            presence=self._presence,
+            places=places,
+            limits=QueueLimits(
+                self._queue_chunks(), settings.upload_timeout_s, spill=settings.when_full == "spill"
+            ),
             metrics=self._metrics,
             loop=loop,
             warn=self._warn,
         )
+
+    def _disk_parts(
+        self, backend: MeteredBackend, uploader: Uploader, places: asyncio.Semaphore, loop: EventLoopThread
+    ) -> DiskParts | None:
+        settings = self._settings
+        if self._disk is None:
+            return None
+        destination = Destination(backend.location, settings.prefix)
+        journal = self._disk.journal(destination, settings.journal_bytes)
+        self._metrics.watch_journal(lambda: journal.pending_bytes)
+        limits = BacklogLimits(
+            object_bytes_max=max(settings.upload_queue_bytes, 2 * self._form.raw_bytes),
+            timeout_s=settings.upload_timeout_s,
+        )
+        backlog = Backlog(
+            journal=journal, uploader=uploader, places=places, limits=limits, loop=loop, warn=self._warn
+        )
+        return DiskParts(self._disk, journal, backlog)
 
     def _queue_chunks(self) -> int:
         """How many chunks may wait for upload: they hold their slots, and loads need some too."""

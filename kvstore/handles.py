@@ -9,9 +9,14 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from kvstore.errors import MissReason, StoreClosedError
 from kvstore.event_loop import FORKED
+from kvstore.keys import ChunkKey
+
+if TYPE_CHECKING:
+    from kvstore.disk.journal_folder import Pending
 
 
 @dataclass(frozen=True)
@@ -132,6 +137,7 @@ class SaveOutcome(StrEnum):
     """What became of one chunk of a save. Values are metric labels: append only."""
 
     QUEUED = "queued"
+    JOURNALED = "journaled"
     STORED = "stored"
     PRESENT = "present"
     DROPPED_QUEUE_FULL = "dropped_queue_full"
@@ -142,12 +148,51 @@ class SaveOutcome(StrEnum):
 class Durability(StrEnum):
     """How far a chunk has come when `SaveHandle.wait` returns.
 
-    QUEUED  in the memory tier and waiting for upload; lost if the process ends before
-    REMOTE  stored in the backend
+    QUEUED     in the memory tier and waiting for upload; lost if the process ends before
+    JOURNALED  on this machine's disk; survives the process and a power cut, and is uploaded by the
+               next process with the same settings
+    REMOTE     stored in the backend
     """
 
     QUEUED = "queued"
+    JOURNALED = "journaled"
     REMOTE = "remote"
+
+
+class SavedChunk:
+    """A chunk on its way to the backend. Its futures are for any thread; the store alone ends them.
+
+    kept     how it was safe first: JOURNALED, STORED or PRESENT, or else FAILED
+    ended    how it ended: STORED, PRESENT or FAILED; JOURNALED when the store was closed before
+    pending  its file in the journal, while its upload from memory is under way
+    """
+
+    def __init__(self, key: ChunkKey) -> None:
+        self.key = key
+        self.kept: Future[SaveOutcome] = Future()
+        self.ended: Future[SaveOutcome] = Future()
+        self.pending: Pending | None = None
+
+    @property
+    def outcome(self) -> SaveOutcome:
+        """What is known now, without waiting."""
+        for future in (self.ended, self.kept):
+            if future.done():
+                return future.result()
+        return SaveOutcome.QUEUED
+
+    def note_journaled(self) -> None:
+        """It would survive a crash now."""
+        _settle(self.kept, SaveOutcome.JOURNALED)
+
+    def end(self, outcome: SaveOutcome) -> None:
+        """It has come as far as it will. Again does nothing."""
+        _settle(self.kept, outcome)
+        _settle(self.ended, outcome)
+
+    def give_up(self) -> None:
+        """It ends where it is."""
+        self.end(self.kept.result() if self.kept.done() else SaveOutcome.FAILED)
 
 
 class SaveHandle:
@@ -155,42 +200,53 @@ class SaveHandle:
 
     def __init__(self, until: Durability) -> None:
         self._until = until
-        self._uploads: dict[int, Future[SaveOutcome]] = {}
+        self._chunks: dict[int, SavedChunk] = {}
         self._settled: dict[int, SaveOutcome] = {}
 
     def wait(self, timeout_s: float | None = None) -> dict[int, SaveOutcome]:
         """Wait until every chunk has come as far as asked for, or will not. Raises TimeoutError.
 
-        With QUEUED it returns at once. A chunk that is not STORED or PRESENT after waiting for
-        REMOTE was dropped or failed, and will be recomputed by whoever needs it.
+        With QUEUED it returns at once. A chunk that is not STORED or PRESENT, nor JOURNALED if that
+        was asked for, was dropped or failed, and will be recomputed by whoever needs it.
         """
-        if self._until is Durability.REMOTE:
-            _, late = wait(self._uploads.values(), timeout_s)
+        if self._until is not Durability.QUEUED:
+            remote = self._until is Durability.REMOTE
+            _, late = wait(
+                [chunk.ended if remote else chunk.kept for chunk in self._chunks.values()], timeout_s
+            )
             if late:
-                raise TimeoutError(f"{len(late)} chunks were not stored within {timeout_s} s")
+                raise TimeoutError(f"{len(late)} chunks were not {_DONE[self._until]} within {timeout_s} s")
         return self.outcomes()
 
     def outcomes(self) -> dict[int, SaveOutcome]:
         """What is known now, without waiting."""
-        uploads = {index: _outcome(upload) for index, upload in self._uploads.items()}
-        return dict(sorted((self._settled | uploads).items()))
+        chunks = {index: chunk.outcome for index, chunk in self._chunks.items()}
+        return dict(sorted((self._settled | chunks).items()))
 
     def _settle(self, index: int, outcome: SaveOutcome) -> None:
         self._settled[index] = outcome
 
-    def _follow(self, index: int, upload: Future[SaveOutcome]) -> None:
-        self._uploads[index] = upload
+    def _follow(self, index: int, chunk: SavedChunk) -> None:
+        self._chunks[index] = chunk
 
 
-def _outcome(upload: Future[SaveOutcome]) -> SaveOutcome:
-    if not upload.done():
-        return SaveOutcome.QUEUED
-    return SaveOutcome.FAILED if upload.cancelled() else upload.result()
+_DONE = {Durability.JOURNALED: "journaled", Durability.REMOTE: "stored"}
+
+
+def _settle(future: Future[SaveOutcome], outcome: SaveOutcome) -> None:
+    if not future.done():
+        future.set_result(outcome)
 
 
 @dataclass(frozen=True)
 class FlushReport:
-    """What a flush left behind: chunks that were saved but are not in the backend yet."""
+    """What a flush left behind.
+
+    chunks_left       chunks that have not come as far as the flush was to wait for
+    bytes_left        what they take in host memory or the journal, about
+    chunks_journaled  how many of them a restart uploads, as they are in the journal
+    """
 
     chunks_left: int
     bytes_left: int
+    chunks_journaled: int = 0

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from kvstore.disk.events import Departure, DiskFailure, FillDrop, Half
+from kvstore.disk.events import Departure, DiskFailure, FillDrop, Half, JournalDrop
 from kvstore.errors import MissReason
 
 # From a page cache's reply to a stalled request that runs into its deadline.
@@ -59,6 +59,17 @@ class Metrics:
         self._disk_drops = self._counter(
             "disk_drops", "Chunks that did not get into the disk tier, by reason", "reason"
         )
+        self._journal_drops = self._counter(
+            "journal_drops", "Chunks that could not be journaled, by reason", "reason"
+        )
+        self._quarantined = Counter(
+            "kvstore_quarantined_files",
+            "Files of the journal that were damaged or did not belong there",
+            registry=self.registry,
+        )
+        self._journal_bytes = Gauge(
+            "kvstore_journal_bytes", "What chunks take that are yet to be uploaded", registry=self.registry
+        )
         self._disk_failures = self._counter(
             "disk_failures", "Calls to the disk that failed, by half of the tier and kind", "half", "kind"
         )
@@ -89,11 +100,22 @@ class Metrics:
         """Report how much of the disk the disk tier takes."""
         self._disk_bytes.set_function(occupied_bytes)
 
+    def watch_journal(self, pending_bytes: Callable[[], float]) -> None:
+        """Report how much is journaled and not uploaded yet."""
+        self._journal_bytes.set_function(pending_bytes)
+
     def disk_events(self) -> DiskMeter:
         """What counts the disk tier's events."""
         for half in Half:
             self._disk_off.labels(half.value).set(0)
-        return DiskMeter(self._disk_departures, self._disk_drops, self._disk_failures, self._disk_off)
+        return DiskMeter(
+            departures=self._disk_departures,
+            drops=self._disk_drops,
+            failures=self._disk_failures,
+            off=self._disk_off,
+            journal_drops=self._journal_drops,
+            quarantined=self._quarantined,
+        )
 
     def retried_writes(self) -> Counter:
         """Counts writes to the backend that are tried again."""
@@ -117,11 +139,22 @@ class Metrics:
 class DiskMeter:
     """Counts what the disk tier tells. See DiskEvents."""
 
-    def __init__(self, departures: Counter, drops: Counter, failures: Counter, off: Gauge) -> None:
+    def __init__(
+        self,
+        *,
+        departures: Counter,
+        drops: Counter,
+        failures: Counter,
+        off: Gauge,
+        journal_drops: Counter,
+        quarantined: Counter,
+    ) -> None:
         self._departures = departures
         self._drops = drops
         self._failures = failures
         self._off = off
+        self._journal_drops = journal_drops
+        self._quarantined = quarantined
 
     def left(self, why: Departure, chunks: int = 1) -> None:
         """See DiskEvents."""
@@ -130,6 +163,14 @@ class DiskMeter:
     def fill_dropped(self, why: FillDrop) -> None:
         """See DiskEvents."""
         self._drops.labels(why.value).inc()
+
+    def journal_dropped(self, why: JournalDrop) -> None:
+        """See DiskEvents."""
+        self._journal_drops.labels(why.value).inc()
+
+    def set_aside(self, files: int) -> None:
+        """See DiskEvents."""
+        self._quarantined.inc(files)
 
     def failed(self, half: Half, how: DiskFailure) -> None:
         """See DiskEvents."""

@@ -20,6 +20,7 @@ from pydantic_settings import (
 )
 
 from kvstore.errors import MisconfiguredError
+from kvstore.handles import Durability
 from kvstore.masking import without_user
 
 ENV_PREFIX = "KVSTORE_"
@@ -124,6 +125,10 @@ class Settings(BaseSettings):
     disk_bytes: Bytes = Field(
         ByteSize(64 << 30), description="a size such as 200GiB: what the files in KVSTORE_DISK_DIR may take"
     )
+    journal_bytes: Bytes = Field(
+        ByteSize(16 << 30),
+        description="a size such as 16GiB: what chunks yet to be uploaded may take in KVSTORE_DISK_DIR",
+    )
     codec: Annotated[str, AfterValidator(_check_codec)] = Field(
         "none", description="none, zstd or zstd:LEVEL: how sections are compressed when saved"
     )
@@ -132,6 +137,18 @@ class Settings(BaseSettings):
     )
     tenant_salt: Annotated[SecretStr, AfterValidator(_check_salt)] = Field(
         SecretStr(""), description="a secret text; tenants with different salts never share chunks"
+    )
+    durability: Durability = Field(
+        Durability.QUEUED,
+        description="queued, journaled (needs KVSTORE_DISK_DIR) or remote: how far a save goes unless told",
+    )
+    when_full: Literal["drop", "block", "spill"] = Field(
+        "drop",
+        description="drop, block (for KVSTORE_SAVE_TIMEOUT_S) or spill (to KVSTORE_DISK_DIR): "
+        "what a save does when chunks are saved faster than uploaded",
+    )
+    save_timeout_s: Seconds = Field(
+        1.0, description="seconds a save may wait for room with KVSTORE_WHEN_FULL=block"
     )
     lookup_timeout_s: Seconds = Field(1.0, description="seconds a lookup may take before it answers 'miss'")
     load_timeout_s: Seconds = Field(

@@ -6,6 +6,7 @@ import concurrent.futures
 import logging
 import os
 import threading
+import time
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
@@ -16,6 +17,7 @@ from kvstore.backends.contract import Backend
 from kvstore.backends.opening import open_backend
 from kvstore.errors import LayoutMismatchError, MisconfiguredError, StoreClosedError
 from kvstore.event_loop import FORKED, EventLoopThread
+from kvstore.failpoints import Failpoint, reach
 from kvstore.handles import Durability, FlushReport, LoadHandle, LookupResult, SaveHandle, SaveOutcome
 from kvstore.keys import ChunkKey, PrefixChain
 from kvstore.layout import ChunkForm, KVLayout, Shard
@@ -66,6 +68,7 @@ class KVStore:
         assembler = Assembler(form, settings, self.metrics)
         self._loop = EventLoopThread(workers=min(8, (os.cpu_count() or 1) + 2))
         self._parts = assembler.assemble(backend, self._loop)
+        self._patience_s = settings.save_timeout_s if settings.when_full == "block" else 0.0
         self._prefault = Prefault(self._parts.memory.arena.memory)
         self._closing = threading.Lock()
         self._closed = False
@@ -142,35 +145,43 @@ class KVStore:
         span: range,
         source: PageSource,
         *,
-        until: Durability = Durability.QUEUED,
+        until: Durability | None = None,
     ) -> SaveHandle:
         """Take the chunks `chain.keys[i] for i in span` from pages and store them.
 
-        Gathers in the calling thread, then returns; it never waits for the backend. A chunk that
-        is known to be stored is not gathered. When memory or the upload queue is full the rest
-        of the span is dropped: the handle and the metrics say so.
+        until  what the handle's wait() waits for; by default KVSTORE_DURABILITY
+
+        Gathers in the calling thread, then returns; it never waits for the backend or the disk. A
+        chunk that is known to be stored is not gathered. When memory or the queue is full the rest
+        of the span is dropped: the handle and the metrics say so. Only with KVSTORE_WHEN_FULL=block
+        it waits for room first, for KVSTORE_SAVE_TIMEOUT_S.
+
+        Raises MisconfiguredError for JOURNALED without KVSTORE_DISK_DIR.
         """
         self._check_open()
         self._check_span(span, chain)
-        handle = SaveHandle(until)
+        save = _Save(chain, source, self._durability(until), time.monotonic() + self._patience_s)
         dropped: SaveOutcome | None = None
         for index in span:
             # Behind a chunk that was dropped the others would be of no use.
-            outcome = dropped or self._save_chunk(chain, index, source, handle)
+            outcome = dropped or self._save_chunk(save, index)
             if outcome is not None:
                 self.metrics.saved_chunks.labels(outcome.value).inc()
-                handle._settle(index, outcome)  # noqa: SLF001 the handle's other half
+                save.handle._settle(index, outcome)  # noqa: SLF001 the handle's other half
                 dropped = None if outcome is SaveOutcome.PRESENT else outcome
         self._parts.memory.touch(chain.keys[: span.stop])
-        return handle
+        return save.handle
 
-    def flush(self, timeout_s: float | None = None) -> FlushReport:
-        """Wait until everything saved so far is stored or has failed; says what is left.
+    def flush(self, timeout_s: float | None = None, *, until: Durability = Durability.REMOTE) -> FlushReport:
+        """Wait until everything saved so far has come so far, or has failed; says what is left.
+
+        With REMOTE that includes what lies in the journal, whoever left it there.
 
         timeout_s  by default KVSTORE_CLOSE_TIMEOUT_S
         """
         self._check_open()
-        return self._loop.run(self._parts.writes.flush(_given(timeout_s, self._settings.close_timeout_s)))
+        timeout_s = _given(timeout_s, self._settings.close_timeout_s)
+        return self._loop.run(self._parts.writes.flush(until, timeout_s))
 
     def close(self) -> FlushReport:
         """Flush for KVSTORE_CLOSE_TIMEOUT_S, drop what is left, and release everything.
@@ -184,12 +195,16 @@ class KVStore:
                 return FlushReport(0, 0)
             self._closed = True
             self._parts.writes.refuse()
-            report = self._loop.run(self._parts.writes.flush(self._settings.close_timeout_s))
+            report = self._loop.run(
+                self._parts.writes.flush(Durability.REMOTE, self._settings.close_timeout_s)
+            )
             if report.chunks_left:
                 _log.warning(
-                    "closed with %d chunks (%d bytes) not stored; to wait longer set KVSTORE_CLOSE_TIMEOUT_S",
+                    "closed with %d chunks (%d bytes) not stored, %d of them in the journal, from where the "
+                    "next process stores them; to wait longer set KVSTORE_CLOSE_TIMEOUT_S",
                     report.chunks_left,
                     report.bytes_left,
+                    report.chunks_journaled,
                 )
             self._loop.close(last=self._parts.disconnect())
             self._parts.memory.clear()
@@ -207,26 +222,32 @@ class KVStore:
     ) -> None:
         self.close()
 
-    def _save_chunk(
-        self, chain: PrefixChain, index: int, source: PageSource, handle: SaveHandle
-    ) -> SaveOutcome | None:
-        """Queue one chunk, or say why it is not queued. None: an upload of it will tell."""
-        key = chain.keys[index]
-        upload = self._parts.writes.upload_of(key)
-        if upload is None:
-            if self._parts.presence.get(key):
-                return SaveOutcome.PRESENT
-            with self._parts.writes.room() as room:
+    def _durability(self, until: Durability | None) -> Durability:
+        until = until or self._settings.durability
+        if until is Durability.JOURNALED and not self._settings.disk_dir:
+            raise MisconfiguredError(
+                "a save until JOURNALED needs a disk: set KVSTORE_DISK_DIR, or save until QUEUED or REMOTE"
+            )
+        return until
+
+    def _save_chunk(self, save: _Save, index: int) -> SaveOutcome | None:
+        """Queue one chunk, or say why it is not queued. None: its way to the backend will tell."""
+        writes, key = self._parts.writes, save.chain.keys[index]
+        chunk = writes.find(key)
+        if chunk is None and self._parts.presence.get(key):
+            return SaveOutcome.PRESENT
+        if chunk is None or (save.until is Durability.JOURNALED and not chunk.kept.done()):
+            with writes.room(save.until_s) as room:
                 if not room:
                     return SaveOutcome.DROPPED_QUEUE_FULL
-                slot = self._filled_slot(key, index, source)
+                slot = self._filled_slot(key, index, save.source)
                 if slot is None:
                     return SaveOutcome.DROPPED_NO_MEMORY
                 try:
-                    upload = self._parts.writes.submit(chain.namespace, key, slot)
+                    chunk = writes.submit(save.chain.namespace, key, slot, save.until)
                 finally:
                     slot.release()
-        handle._follow(index, upload)  # noqa: SLF001 the handle's other half
+        save.handle._follow(index, chunk)  # noqa: SLF001 the handle's other half
         return None
 
     def _filled_slot(self, key: ChunkKey, index: int, source: PageSource) -> Slot | None:
@@ -243,6 +264,7 @@ class KVStore:
             slot.release()
             raise
         self._parts.memory.admit(key, slot)
+        reach(Failpoint.GATHERED)
         return slot
 
     def _check_layout(self, namespace: Namespace) -> None:
@@ -269,6 +291,17 @@ class KVStore:
         source.gather(index, [slot.memory[start : start + form.section_bytes] for start in starts])
         for start in starts:
             slot.memory[start + form.section_bytes : start + form.stride] = form.padding
+
+
+class _Save:
+    """One call of save. `until_s`: time.monotonic() until which it may wait for room."""
+
+    def __init__(self, chain: PrefixChain, source: PageSource, until: Durability, until_s: float) -> None:
+        self.chain = chain
+        self.source = source
+        self.until = until
+        self.until_s = until_s
+        self.handle = SaveHandle(until)
 
 
 def _given(timeout_s: float | None, default_s: float) -> float:

@@ -18,7 +18,7 @@ import pytest
 from chunk_samples import TINY_LAYOUT, raw_chunk, tiny_keys, tiny_namespace
 
 from kvstore.backends.contract import ABSENT
-from kvstore.disk.events import Departure, DiskFailure, FillDrop, Half
+from kvstore.disk.events import Departure, DiskFailure, FillDrop, Half, JournalDrop
 from kvstore.disk.tier import DiskLimits, DiskTier
 from kvstore.keys import ChunkKey, object_name
 from kvstore.layout import Shard
@@ -65,6 +65,8 @@ class Recorder:
         self.departures: Counter[Departure] = Counter()
         self.drops: Counter[FillDrop] = Counter()
         self.failures: Counter[tuple[Half, DiskFailure]] = Counter()
+        self.journal_drops: Counter[JournalDrop] = Counter()
+        self.quarantined = 0
         self.off: set[Half] = set()
         self.switched_off: Counter[Half] = Counter()
 
@@ -73,6 +75,12 @@ class Recorder:
 
     def fill_dropped(self, why: FillDrop) -> None:
         self.drops[why] += 1
+
+    def journal_dropped(self, why: JournalDrop) -> None:
+        self.journal_drops[why] += 1
+
+    def set_aside(self, files: int) -> None:
+        self.quarantined += files
 
     def failed(self, half: Half, how: DiskFailure) -> None:
         self.failures[half, how] += 1

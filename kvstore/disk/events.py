@@ -27,6 +27,14 @@ class FillDrop(StrEnum):
     ABANDONED = "abandoned"
 
 
+class JournalDrop(StrEnum):
+    """Why a chunk could not be journaled. Values are metric labels: append only, never rename."""
+
+    DEGRADED = "degraded"
+    FULL = "full"
+    FAILED = "failed"
+
+
 class DiskFailure(StrEnum):
     """How the disk failed. Values are metric labels: append only, never rename."""
 
@@ -80,6 +88,14 @@ class DiskEvents(Protocol):
         """A chunk that was to be filled in is not."""
         ...
 
+    def journal_dropped(self, why: JournalDrop) -> None:
+        """A chunk that was to be journaled is not."""
+        ...
+
+    def set_aside(self, files: int) -> None:
+        """Files of the journal were damaged, or did not belong there, and are in quarantine now."""
+        ...
+
     def failed(self, half: Half, how: DiskFailure) -> None:
         """One call to the disk failed."""
         ...
@@ -96,6 +112,12 @@ class NoDiskEvents:
         """See DiskEvents."""
 
     def fill_dropped(self, why: FillDrop) -> None:
+        """See DiskEvents."""
+
+    def journal_dropped(self, why: JournalDrop) -> None:
+        """See DiskEvents."""
+
+    def set_aside(self, files: int) -> None:
         """See DiskEvents."""
 
     def failed(self, half: Half, how: DiskFailure) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from kvstore.backends.blocking import AbandonedError, Caller
 from kvstore.disk import io as disk_io
+from kvstore.failpoints import Failpoint, reach
 
 # What a file takes besides its bytes is not told by every file system until later.
 _ALLOCATION_BYTES = 4096
@@ -59,6 +60,7 @@ class NewFile:
         os.utime(self._file, ns=(now_ns, now_ns))
         if sync:
             os.fsync(self._file)
+            reach(Failpoint.JOURNAL_SYNCED)
         elif self._direct_file is None:
             os.fdatasync(self._file)
             os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)

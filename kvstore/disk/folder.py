@@ -2,6 +2,7 @@
 
     <root>/v1/<namespace>/<hh>/<hash>.<shard>    chunks in stored form, named as in a bucket
     <root>/.tmp/<32 hex>                         chunks being written, locked by their writer
+    <root>/pending/, <root>/quarantine/          the journal's; see kvstore.disk.journal_folder
 
 Whatever else lies in the root is not ours and left alone, and so is everything below `v1/` whose
 name is no chunk's. Symbolic links are not followed. Every function here raises OSError.
@@ -166,7 +167,7 @@ class DiskFolder:
 
     def create(self, ended: Callable[[], None]) -> NewFile:
         """Begin a file. `ended` is called, in any thread, when only what was published of it is left."""
-        self._make_folder(self._unfinished)
+        self.make_folder(self._unfinished)
         for _ in range(_CREATE_ATTEMPTS):
             path = self._unfinished / uuid.uuid4().hex
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -188,16 +189,31 @@ class DiskFolder:
 
         sync  return only when it would survive a power cut
         """
-        made = self._make_folder(path.parent)
+        made = self.make_folder(path.parent)
         with contextlib.suppress(FileExistsError):
             file.link(path, sync=sync)
         if sync:
             for folder in (*made, path.parent):
-                _sync_folder(folder)
+                sync_folder(folder)
         found = status(path)
         if found is None:
             raise FileNotFoundError(errno.ENOENT, "removed as soon as it was written", str(path))
         return found
+
+    def make_folder(self, folder: Path) -> list[Path]:
+        """Make a folder below the root. Returns the parents of what was made."""
+        if folder == self.root:
+            raise FileNotFoundError(errno.ENOENT, "the folder is gone", str(self.root))
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            return []
+        except FileNotFoundError:
+            made = self.make_folder(folder.parent)
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()
+            return [*made, folder.parent]
+        return [folder.parent]
 
     def remove(self, path: Path) -> bool:
         """Remove a chunk's file; False when it was gone already. Folders stay: few, and soon used again."""
@@ -293,21 +309,6 @@ class DiskFolder:
             return None
         return os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_DIRECT)
 
-    def _make_folder(self, folder: Path) -> list[Path]:
-        """Make a folder below the root. Returns the parents of what was made."""
-        if folder == self.root:
-            raise FileNotFoundError(errno.ENOENT, "the folder is gone", str(self.root))
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            return []
-        except FileNotFoundError:
-            made = self._make_folder(folder.parent)
-            with contextlib.suppress(FileExistsError):
-                folder.mkdir()
-            return [*made, folder.parent]
-        return [folder.parent]
-
 
 def is_absence(error: OSError) -> bool:
     """Whether an error says that there is no such file."""
@@ -323,7 +324,8 @@ def _remove_unlocked(path: str) -> None:
         os.close(file)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Return only when the names in a folder would survive a power cut."""
     file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(file)

@@ -78,8 +78,11 @@ class DiskHalf:
         self._circuit.succeeded()
         return result
 
-    def clean(self, work: Callable[[], None]) -> None:
-        """Have `work` done, however long that takes; its errors are of no use to anybody."""
+    def clean(self, work: Callable[[], None]) -> asyncio.Task[None]:
+        """Have `work` done, however long that takes; its errors are of no use to anybody.
+
+        Nobody need wait for the task, which must not be cancelled.
+        """
 
         async def run() -> None:
             with contextlib.suppress(OSError, KVStoreError):
@@ -88,6 +91,7 @@ class DiskHalf:
         task = asyncio.ensure_future(run())
         self._cleaning.add(task)
         task.add_done_callback(self._cleaning.discard)
+        return task
 
     async def try_first(self) -> None:
         """Probe before anything else is tried; returns after the first answer, whatever it is."""

@@ -23,11 +23,13 @@ from kvstore.backends.blocking import BlockingCalls, Caller
 from kvstore.backends.contract import ABSENT, Absent, ReadResult
 from kvstore.circuit import Circuit
 from kvstore.disk.events import Departure, DiskEvents, FillDrop, Half, NoDiskEvents
-from kvstore.disk.file import likely_cost_bytes
+from kvstore.disk.file import cost_bytes, likely_cost_bytes
 from kvstore.disk.fill import DiskFill, FillParts
 from kvstore.disk.folder import Chunk, DiskFolder, place
 from kvstore.disk.half import DiskHalf
-from kvstore.disk.index import DiskIndex
+from kvstore.disk.index import DiskIndex, Reservation
+from kvstore.disk.journal import Journal
+from kvstore.disk.journal_folder import Destination, JournalFolder, Pending
 from kvstore.disk.upkeep import DiskUpkeep
 from kvstore.errors import MisconfiguredError, RetryableError
 from kvstore.keys import ChunkKey, parse_object_name
@@ -103,6 +105,7 @@ class DiskTier:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._keeping_up: asyncio.Task[None] | None = None
         self._look_due = asyncio.Event()
+        self._tried = asyncio.Event()
         self._scanned = asyncio.Event()
         self._closed = False
 
@@ -169,17 +172,44 @@ class DiskTier:
 
     def begin(self, key: ChunkKey, object_bytes: int) -> DiskFill | None:
         """Take in a chunk whose object has so many bytes. None: it is here already, or not wanted now."""
-        if self._off or self._writes.off:
-            self._events.fill_dropped(FillDrop.DEGRADED)
-            return None
-        chunk = self._chunk(key)
-        reservation = self._index.reserve(chunk, key.parent, likely_cost_bytes(object_bytes))
-        if isinstance(reservation, FillDrop):
-            self._events.fill_dropped(reservation)
-            return None
+        reservation = self._reserve(key, object_bytes)
         if reservation is None:
             return None
-        return DiskFill(self._fill_parts, chunk, object_bytes, reservation)
+        return DiskFill(self._fill_parts, self._chunk(key), object_bytes, reservation)
+
+    async def adopt(self, key: ChunkKey, pending: Pending) -> None:
+        """Take in a chunk that was just journaled: its file gets a second name. Never raises for the disk."""
+        reservation = self._reserve(key, pending.object_bytes)
+        if reservation is None:
+            return
+        path = self._folder.path(self._chunk(key))
+
+        def adopt(caller: Caller) -> None:
+            if not self._upkeep.make_room(caller):
+                self._events.fill_dropped(FillDrop.NO_ROOM)
+                return
+            found = self._folder.publish(pending.new_file, path, sync=False)
+            if self._index.admit(reservation, cost_bytes(found)):
+                self._look_soon()
+
+        try:
+            await self._writes.run(adopt)
+        except OSError:
+            self._events.fill_dropped(FillDrop.FAILED)
+        finally:
+            self._index.release(reservation)
+
+    def journal(self, destination: Destination, bytes_max: int) -> Journal:
+        """A journal in the same folder, on the same threads; its `bytes_max` are not the tier's."""
+        folder = JournalFolder(self._folder, destination)
+        return Journal(
+            folder=folder,
+            reads=self._reads,
+            writes=self._writes,
+            tried=self._tried,
+            bytes_max=bytes_max,
+            events=self._events,
+        )
 
     def discard(self, key: ChunkKey) -> None:
         """Remove a chunk that a reader found damaged. It is out at once, its file soon."""
@@ -209,6 +239,16 @@ class DiskTier:
     @property
     def _off(self) -> bool:
         return self._closed or self._reads.off
+
+    def _reserve(self, key: ChunkKey, object_bytes: int) -> Reservation | None:
+        if self._off or self._writes.off:
+            self._events.fill_dropped(FillDrop.DEGRADED)
+            return None
+        reservation = self._index.reserve(self._chunk(key), key.parent, likely_cost_bytes(object_bytes))
+        if isinstance(reservation, FillDrop):
+            self._events.fill_dropped(reservation)
+            return None
+        return reservation
 
     def _half(self, half: Half, events: DiskEvents, warn: WarnRarely) -> DiskHalf:
         limits = self._limits
@@ -248,6 +288,7 @@ class DiskTier:
     async def _keep_up(self) -> None:
         """Look at the folder when the tier is opened, and from time to time, until it is closed."""
         await self._writes.try_first()
+        self._tried.set()
         pause_s = self._limits.pause_min_s
         while True:
             self._look_due.clear()

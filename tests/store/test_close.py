@@ -299,9 +299,9 @@ def test_what_is_saved_while_the_store_closes_is_refused_or_reported():
     store.save(CHAIN, range(1), Pages(3, text="a"))
     flush, flushing = store._parts.writes.flush, threading.Event()
 
-    def tell(timeout_s):
+    def tell(*arguments):
         async def run():
-            task = asyncio.ensure_future(flush(timeout_s))
+            task = asyncio.ensure_future(flush(*arguments))
             await asyncio.sleep(0)
             flushing.set()
             return await task
@@ -325,9 +325,9 @@ def test_what_is_gathered_while_the_store_closes_is_refused_or_reported():
     store.save(CHAIN, range(1), pages)
     flush, flushing = store._parts.writes.flush, threading.Event()
 
-    async def tell(timeout_s):
+    async def tell(*arguments):
         flushing.set()
-        return await flush(timeout_s)
+        return await flush(*arguments)
 
     store._parts.writes.flush = tell
     pages.before_gather = lambda index: gathering.block()

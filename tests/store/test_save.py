@@ -236,7 +236,7 @@ def test_behind_a_dropped_chunk_the_rest_of_the_span_is_dropped_too(opened, monk
     store, pages = opened(backend), Pages(4, text="a")
     answers = iter([True, False, True, True])
     if what == "queue":
-        monkeypatch.setattr(store._parts.writes, "room", lambda: contextlib.nullcontext(next(answers)))
+        monkeypatch.setattr(store._parts.writes, "room", lambda _: contextlib.nullcontext(next(answers)))
     else:
         acquire = store._parts.memory.arena.try_acquire
         monkeypatch.setattr(
@@ -456,9 +456,9 @@ def test_a_flush_of_no_time_at_all_does_not_wait(opened, monkeypatch):
     store.save(CHAIN, range(4), Pages(4, text="a"))
     flush, asked = store._parts.writes.flush, []
 
-    def spy(timeout_s):
+    def spy(until, timeout_s):
         asked.append(timeout_s)
-        return flush(0)
+        return flush(until, 0)
 
     monkeypatch.setattr(store._parts.writes, "flush", spy)
     assert store.flush(timeout_s=0).chunks_left == 4
