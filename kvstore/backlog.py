@@ -69,6 +69,7 @@ class Backlog:
         self._due: deque[PendingName] = deque()
         self._later: deque[PendingName] = deque()
         self._pause_s = limits.pause_min_s
+        self._retry_at_s = 0.0
         self._looked = False
         self._changed = asyncio.Condition()
         self._wake = asyncio.Event()
@@ -143,14 +144,13 @@ class Backlog:
     async def _pause(self, look_at_s: float) -> None:
         """Wait for something to do."""
         self._wake.clear()
-        now_s = time.monotonic()
-        until_s = min(look_at_s, now_s + self._pause_s) if self._later else look_at_s
+        until_s = min(look_at_s, self._retry_at_s) if self._later else look_at_s
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(max(0.0, until_s - now_s)):
+            async with asyncio.timeout(max(0.0, until_s - time.monotonic())):
                 await self._wake.wait()
-                return
-        self._due.extend(self._later)
-        self._later.clear()
+        if time.monotonic() >= self._retry_at_s:
+            self._due.extend(self._later)
+            self._later.clear()
 
     async def _upload_one(self, name: PendingName) -> None:
         try:
@@ -225,6 +225,8 @@ class Backlog:
     def _put_off(self, name: PendingName, *, failed: bool) -> None:
         if failed:
             self._pause_s = min(2 * self._pause_s, self._limits.pause_max_s)
+        if not self._later:
+            self._retry_at_s = time.monotonic() + self._pause_s
         self._later.append(name)
 
     def _end(self, name: PendingName, outcome: SaveOutcome) -> None:

@@ -47,7 +47,7 @@ class QueueLimits:
 
     chunks     that may wait in host memory
     timeout_s  an upload that takes longer, retries included, fails
-    spill      whether a chunk that finds no free place for its upload is journaled to leave memory
+    spill      whether chunks are journaled, to leave memory, while more than half of those wait
     """
 
     chunks: int
@@ -192,6 +192,11 @@ class WriteBehind:
             chunks_journaled=sum(chunk.kept.done() for chunk in left) + inherited,
         )
 
+    @property
+    def _crowded(self) -> bool:
+        """Whether a chunk had better wait on disk than in memory."""
+        return self._limits.spill and self._places.locked() and 2 * self._queued > self._limits.chunks
+
     def _joinable(self, key: ChunkKey) -> SavedChunk | None:
         # One that has ended may not have been removed yet.
         chunk = self._under_way.get(key.hash)
@@ -240,7 +245,7 @@ class WriteBehind:
         self, namespace: Namespace, chunk: SavedChunk, slot: Slot, *, journal: bool
     ) -> SaveOutcome | None:
         """Bring a chunk into the bucket. None: it is in the journal, and the backlog does the rest."""
-        if journal or (self._limits.spill and self._places.locked()):
+        if journal or self._crowded:
             async with contextlib.AsyncExitStack() as held:
                 async with self._journal_places:
                     parts = await held.enter_async_context(self._sealed(chunk.key, slot))
