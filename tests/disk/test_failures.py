@@ -52,7 +52,8 @@ def one_chunk(number: int) -> ChunkKey:
 
 def set_limit(tier: DiskTier, timeout_s: float) -> None:
     """How long a read or a write may take: little only while the disk hangs, or time would decide a test."""
-    tier._reads._timeout_s = tier._writes._timeout_s = timeout_s
+    for half in (tier._reads, tier._writes):
+        half._timeout_s = half._breaker._probe_timeout_s = timeout_s
 
 
 @contextlib.contextmanager
