@@ -11,7 +11,9 @@ from pathlib import Path
 
 from kvstore.arena import Arena, whole_pages
 from kvstore.backends.contract import Backend
+from kvstore.backends.guarded import GuardedBackend
 from kvstore.backends.metered import MeteredBackend
+from kvstore.breaker import Breaker
 from kvstore.chunk_fetch import ChunkFetcher
 from kvstore.chunk_flight import ChunkFlights, DiskSource, ReadTiers
 from kvstore.chunk_writer import ChunkWriter
@@ -28,6 +30,7 @@ from kvstore.plan import FetchLimits, largest_read_bytes
 from kvstore.presence import Presence
 from kvstore.range_reader import RangeReader
 from kvstore.read_path import ReadPath
+from kvstore.retries import Retries
 from kvstore.settings import Settings
 from kvstore.warn import BACKEND_TROUBLE, WarnRarely
 from kvstore.write_behind import UploadLimits, WriteBehind
@@ -45,12 +48,17 @@ class Assembly:
 
     memory: MemoryTier
     disk: DiskTier | None
-    backend: MeteredBackend
+    backend: GuardedBackend
     presence: Presence
     lookups: Lookups
     reads: ReadPath
     writes: WriteBehind
     warn: WarnRarely
+
+    @property
+    def breaker(self) -> Breaker:
+        """The switch of the backend."""
+        return self.backend.breaker
 
     async def connect(self, prefix: str) -> bool:
         """Open the tiers. False when the backend gives no answer, or a refusal.
@@ -64,7 +72,7 @@ class Assembly:
             async for _ in self.backend.list(format_folder(prefix)):
                 break
             # Objects may go another way than listings: that is to be set up by now, too.
-            await self.backend.head(namespace_document_name(prefix, _NO_NAMESPACE))
+            await self.backend.head(_no_object(prefix))
         except Exception as error:
             self.warn(
                 BACKEND_TROUBLE, f"{self.backend.location} cannot be used, engines compute cold: {error}"
@@ -107,15 +115,22 @@ class Assembler:
 
     def assemble(self, backend: Backend, loop: EventLoopThread) -> Assembly:
         """The parts, around `backend`, at work on `loop`."""
-        metered = MeteredBackend(backend, self._metrics)
+        # Outside of the meter: what is refused is no request.
+        guarded = GuardedBackend(
+            MeteredBackend(backend, self._metrics),
+            _no_object(self._settings.prefix),
+            metrics=self._metrics,
+            warn=self._warn,
+        )
+        retried = Retries()
         return Assembly(
             memory=self._memory,
             disk=self._disk,
-            backend=metered,
+            backend=guarded,
             presence=self._presence,
-            lookups=self._lookups(metered),
-            reads=self._read_path(metered, loop),
-            writes=self._write_behind(metered, loop),
+            lookups=self._lookups(guarded),
+            reads=self._read_path(guarded, retried, loop),
+            writes=self._write_behind(guarded, retried, loop),
             warn=self._warn,
         )
 
@@ -160,9 +175,10 @@ class Assembler:
         self._metrics.watch_disk(lambda: disk.occupied_bytes)
         return disk
 
-    def _lookups(self, backend: MeteredBackend) -> Lookups:
+    def _lookups(self, backend: GuardedBackend) -> Lookups:
         return Lookups(
             backend=backend,
+            backend_off=lambda: backend.breaker.off,
             prefix=self._settings.prefix,
             shard=self._form.shard,
             memory=self._memory,
@@ -172,7 +188,7 @@ class Assembler:
             warn=self._warn,
         )
 
-    def _read_path(self, backend: MeteredBackend, loop: EventLoopThread) -> ReadPath:
+    def _read_path(self, backend: GuardedBackend, retried: Retries, loop: EventLoopThread) -> ReadPath:
         disk = self._disk
         tiers = ReadTiers(
             memory=self._memory,
@@ -186,6 +202,7 @@ class Assembler:
                 concurrency=self._settings.fetch_concurrency,
                 metrics=self._metrics,
                 scratch=self._scratch,
+                retried=retried,
             ),
             metrics=self._metrics,
         )
@@ -208,9 +225,10 @@ class Assembler:
             concurrency=_DISK_READS,
             metrics=self._metrics,
             scratch=None,
+            retried=None,
         )
 
-    def _write_behind(self, backend: MeteredBackend, loop: EventLoopThread) -> WriteBehind:
+    def _write_behind(self, backend: GuardedBackend, retried: Retries, loop: EventLoopThread) -> WriteBehind:
         settings = self._settings
         return WriteBehind(
             backend=backend,
@@ -221,6 +239,7 @@ class Assembler:
             limits=UploadLimits(self._queue_chunks(), settings.upload_concurrency, settings.upload_timeout_s),
             presence=self._presence,
             metrics=self._metrics,
+            retried=retried,
             loop=loop,
             warn=self._warn,
         )
@@ -229,6 +248,11 @@ class Assembler:
         """How many chunks may wait for upload: they hold their slots, and loads need some too."""
         slots = self._memory.arena.slots
         return min(self._settings.upload_queue_bytes // self._form.raw_bytes, slots - max(1, slots // 4))
+
+
+def _no_object(prefix: str) -> str:
+    """A name that can be asked for, and is not there."""
+    return namespace_document_name(prefix, _NO_NAMESPACE)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from kvstore.layout import ChunkForm
 from kvstore.metrics import Metrics
 from kvstore.namespace import Namespace
 from kvstore.presence import Presence
-from kvstore.retries import retried
+from kvstore.retries import Retries
 from kvstore.warn import BACKEND_TROUBLE, WarnRarely
 
 _log = logging.getLogger("kvstore.write_behind")
@@ -52,6 +52,7 @@ class WriteBehind:
         limits: UploadLimits,
         presence: Presence,
         metrics: Metrics,
+        retried: Retries,
         loop: EventLoopThread,
         warn: WarnRarely,
     ) -> None:
@@ -64,6 +65,7 @@ class WriteBehind:
         self._presence = presence
         self._metrics = metrics
         self._retries = metrics.retried_writes()
+        self._retried = retried
         self._loop = loop
         self._warn = warn
         self._lock = threading.Lock()
@@ -176,7 +178,7 @@ class WriteBehind:
         # An object seen to be damaged is the one thing that is ever replaced.
         if_absent = not self._presence.is_damaged(key)
         put = partial(self._backend.put, name, parts, if_absent=if_absent)
-        return (await retried(put, self._retries.inc)).status
+        return (await self._retried(put, self._retries.inc)).status
 
     async def _describe(self, namespace: Namespace) -> None:
         """Say in the bucket what the namespace is, once per store."""
@@ -184,5 +186,5 @@ class WriteBehind:
             if namespace.digest not in self._described:
                 name = namespace_document_name(self._prefix, namespace.name)
                 put = partial(self._backend.put, name, [namespace.document()], if_absent=True)
-                await retried(put, self._retries.inc)
+                await self._retried(put, self._retries.inc)
                 self._described.add(namespace.digest)
