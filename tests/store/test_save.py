@@ -257,9 +257,9 @@ def test_a_chunk_is_not_said_to_be_stored_because_others_behind_it_are(opened):
     backend = ScriptedBackend(stored_chunks(chain))
     store = opened(backend)
     settle(store)
-    probe = opened(ScriptedBackend(dict(backend.objects)))
-    probe.lookup(chain)
-    asked = {call.name for call in probe._parts.backend._inner.calls if call.operation == "head"}
+    probe = ScriptedBackend(dict(backend.objects))
+    opened(probe).lookup(chain)
+    asked = {call.name for call in probe.calls if call.operation == "head"}
     hole = next(i for i, key in enumerate(chain.keys) if i > 0 and name_of(key) not in asked)
     del backend.objects[name_of(chain.keys[hole])]
     assert store.lookup(chain).chunks == 40
