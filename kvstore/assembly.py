@@ -11,8 +11,10 @@ from pathlib import Path
 
 from kvstore.arena import Arena, whole_pages
 from kvstore.backends.contract import Backend
+from kvstore.backends.guarded import GuardedBackend
 from kvstore.backends.metered import MeteredBackend
 from kvstore.backlog import Backlog, BacklogLimits
+from kvstore.breaker import Breaker
 from kvstore.chunk_fetch import ChunkFetcher
 from kvstore.chunk_flight import ChunkFlights, DiskSource, ReadTiers
 from kvstore.chunk_writer import ChunkWriter
@@ -31,6 +33,7 @@ from kvstore.plan import FetchLimits, largest_read_bytes
 from kvstore.presence import Presence
 from kvstore.range_reader import RangeReader
 from kvstore.read_path import ReadPath
+from kvstore.retries import Retries
 from kvstore.settings import Settings
 from kvstore.uploader import Uploader
 from kvstore.warn import BACKEND_TROUBLE, WarnRarely
@@ -49,12 +52,17 @@ class Assembly:
 
     memory: MemoryTier
     disk: DiskTier | None
-    backend: MeteredBackend
+    backend: GuardedBackend
     presence: Presence
     lookups: Lookups
     reads: ReadPath
     writes: WriteBehind
     warn: WarnRarely
+
+    @property
+    def breaker(self) -> Breaker:
+        """The switch of the backend."""
+        return self.backend.breaker
 
     async def connect(self, prefix: str) -> bool:
         """Open the tiers. False when the backend gives no answer, or a refusal.
@@ -69,7 +77,7 @@ class Assembly:
             async for _ in self.backend.list(format_folder(prefix)):
                 break
             # Objects may go another way than listings: that is to be set up by now, too.
-            await self.backend.head(namespace_document_name(prefix, _NO_NAMESPACE))
+            await self.backend.head(_no_object(prefix))
         except Exception as error:
             self.warn(
                 BACKEND_TROUBLE, f"{self.backend.location} cannot be used, engines compute cold: {error}"
@@ -114,15 +122,22 @@ class Assembler:
 
     def assemble(self, backend: Backend, loop: EventLoopThread) -> Assembly:
         """The parts, around `backend`, at work on `loop`."""
-        metered = MeteredBackend(backend, self._metrics)
+        # Outside of the meter: what is refused is no request.
+        guarded = GuardedBackend(
+            MeteredBackend(backend, self._metrics),
+            _no_object(self._settings.prefix),
+            metrics=self._metrics,
+            warn=self._warn,
+        )
+        retried = Retries()
         return Assembly(
             memory=self._memory,
             disk=self._disk,
-            backend=metered,
+            backend=guarded,
             presence=self._presence,
-            lookups=self._lookups(metered),
-            reads=self._read_path(metered, loop),
-            writes=self._write_behind(metered, loop),
+            lookups=self._lookups(guarded),
+            reads=self._read_path(guarded, retried, loop),
+            writes=self._write_behind(guarded, retried, loop),
             warn=self._warn,
         )
 
@@ -186,9 +201,10 @@ class Assembler:
                 "set KVSTORE_DISK_DIR to a folder on a local disk, or KVSTORE_WHEN_FULL=drop"
             )
 
-    def _lookups(self, backend: MeteredBackend) -> Lookups:
+    def _lookups(self, backend: GuardedBackend) -> Lookups:
         return Lookups(
             backend=backend,
+            backend_off=lambda: backend.breaker.off,
             prefix=self._settings.prefix,
             shard=self._form.shard,
             memory=self._memory,
@@ -198,7 +214,7 @@ class Assembler:
             warn=self._warn,
         )
 
-    def _read_path(self, backend: MeteredBackend, loop: EventLoopThread) -> ReadPath:
+    def _read_path(self, backend: GuardedBackend, retried: Retries, loop: EventLoopThread) -> ReadPath:
         disk = self._disk
         tiers = ReadTiers(
             memory=self._memory,
@@ -212,6 +228,7 @@ class Assembler:
                 concurrency=self._settings.fetch_concurrency,
                 metrics=self._metrics,
                 scratch=self._scratch,
+                retried=retried,
             ),
             metrics=self._metrics,
         )
@@ -234,12 +251,14 @@ class Assembler:
             concurrency=_DISK_READS,
             metrics=self._metrics,
             scratch=None,
+            retried=None,
         )
 
-    def _write_behind(self, backend: MeteredBackend, loop: EventLoopThread) -> WriteBehind:
+    def _write_behind(self, backend: GuardedBackend, retries: Retries, loop: EventLoopThread) -> WriteBehind:
         settings = self._settings
         places = asyncio.Semaphore(settings.upload_concurrency)
-        uploader = Uploader(backend, settings.prefix, self._presence, self._metrics.retried_writes().inc)
+        on_retry = self._metrics.retried_writes().inc
+        uploader = Uploader(backend, settings.prefix, self._presence, retries, on_retry)
         return WriteBehind(
             uploader=uploader,
             disk=self._disk_parts(backend, uploader, places, loop),
@@ -255,7 +274,7 @@ class Assembler:
         )
 
     def _disk_parts(
-        self, backend: MeteredBackend, uploader: Uploader, places: asyncio.Semaphore, loop: EventLoopThread
+        self, backend: GuardedBackend, uploader: Uploader, places: asyncio.Semaphore, loop: EventLoopThread
     ) -> DiskParts | None:
         settings = self._settings
         if self._disk is None:
@@ -276,6 +295,11 @@ class Assembler:
         """How many chunks may wait for upload: they hold their slots, and loads need some too."""
         slots = self._memory.arena.slots
         return min(self._settings.upload_queue_bytes // self._form.raw_bytes, slots - max(1, slots // 4))
+
+
+def _no_object(prefix: str) -> str:
+    """A name that can be asked for, and is not there."""
+    return namespace_document_name(prefix, _NO_NAMESPACE)
 
 
 @contextmanager

@@ -114,6 +114,7 @@ class Backlog:
                     # Not all processes of a machine at once.
                     look_at_s = time.monotonic() + pause_s * random.uniform(0.8, 1.2)  # noqa: S311
                 while self._due:
+                    await self._uploader.wait_on()
                     await self._places.acquire()
                     uploads.create_task(self._upload_one(self._due.popleft()))
                 await self._pause(look_at_s)

@@ -4,6 +4,7 @@ Absence is never an error: a contract returns a value for it. What is raised is 
 
 * `MisconfiguredError`: a person must change a setting, a permission or an argument; retrying is useless.
 * `RetryableError`: the same call may succeed later (timeout, 5xx, throttling, lost connection).
+* `CircuitOpenError`: the backend is not asked for a while, so asking again at once is of no use.
 * `MissError`: an object is there but must not be used; the engine recomputes. It carries a `MissReason`.
 
 Every message names the setting or the object, the value found, and the fix. No message holds
@@ -41,6 +42,10 @@ class RetryableError(KVStoreError):
 
 class ThrottledError(RetryableError):
     """The store asks for fewer requests (SlowDown, 503, 429)."""
+
+
+class CircuitOpenError(KVStoreError):
+    """The backend has failed for a while and is not asked now; the message says when it is tried next."""
 
 
 class MissReason(StrEnum):

@@ -8,30 +8,16 @@ from typing import Literal
 
 from kvstore.arena import Slot
 from kvstore.backends.contract import ABSENT, Absent, ReadResult
+from kvstore.budget import Budget
 from kvstore.event_loop import to_its_end
 
 Answer = ReadResult | Literal[Absent.ABSENT]
 Attempt = Callable[[memoryview], Awaitable[Answer]]
-_SHARE = 0.05
-_SAVED_MAX = 4.0
 
 
-class HedgeBudget:
+def hedge_budget() -> Budget:
     """Lets at most one in twenty reads be sent twice, over any long while."""
-
-    def __init__(self) -> None:
-        self._saved = 0.0
-
-    def earn(self) -> None:
-        """A read was made."""
-        self._saved = min(_SAVED_MAX, self._saved + _SHARE)
-
-    def spend(self) -> bool:
-        """Whether one more may be sent twice; if so it is paid for."""
-        if self._saved < 1:
-            return False
-        self._saved -= 1
-        return True
+    return Budget(0.05, saved_max=4.0)
 
 
 class HedgedRead:

@@ -51,12 +51,22 @@ class Known:
     low: int
     high: int
 
+    @property
+    def local(self) -> int:
+        """How many are in tiers on this machine."""
+        return sum(self.by_tier.values())
+
 
 @dataclass(frozen=True)
 class Lookups:
-    """Answers lookups from the tiers on this machine, then from what is known, then from the backend."""
+    """Answers lookups from the tiers on this machine, then from what is known, then from the backend.
+
+    backend_off  whether the backend is switched off, so that what it holds cannot be had. Any thread
+                 may ask
+    """
 
     backend: Backend
+    backend_off: Callable[[], bool]
     prefix: str
     shard: Shard
     memory: MemoryTier
@@ -68,6 +78,9 @@ class Lookups:
     def at_once(self, keys: Sequence[ChunkKey]) -> LookupResult | None:
         """The answer, from any thread, if it takes no request. None: ask `run`."""
         known = self._known(keys)
+        if known.high > known.local and self.backend_off():
+            self._fail(MissReason.UNREACHABLE, "is switched off")
+            return self._result(keys, known, known.local, MissReason.UNREACHABLE)
         return self._result(keys, known, known.low, None) if known.low == known.high else None
 
     async def run(self, keys: Sequence[ChunkKey], timeout_s: float) -> LookupResult:
@@ -107,7 +120,7 @@ class Lookups:
     def _result(
         self, keys: Sequence[ChunkKey], known: Known, found: int, failure: MissReason | None
     ) -> LookupResult:
-        by_tier = {**known.by_tier, "backend": found - sum(known.by_tier.values())}
+        by_tier = {**known.by_tier, "backend": found - known.local}
         for tier, chunks in by_tier.items():
             if chunks:
                 self.metrics.lookup_chunks.labels(tier).inc(chunks)

@@ -35,6 +35,12 @@ class Metrics:
         )
         self.saved_chunks = self._counter("saved_chunks", "Chunks given to save, by outcome", "outcome")
         self.requests = self._counter("backend_requests", "Requests to the backend", "operation")
+        self.refused = self._counter(
+            "backend_refused", "Requests not made because the backend is switched off", "operation"
+        )
+        self.backend_off = Gauge(
+            "kvstore_backend_off", "1 while the backend is switched off", registry=self.registry
+        )
         self.bytes = self._counter("bytes", "Bytes to and from a tier", "tier", "direction")
         self._retries = self._counter("retries", "Reads and writes tried again, by tier", "tier")
         self._hedges = self._counter(

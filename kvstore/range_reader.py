@@ -11,11 +11,11 @@ from kvstore.arena import Arena, Slot
 from kvstore.backends.contract import ABSENT
 from kvstore.errors import ThrottledError
 from kvstore.fetch_gate import ConcurrencyLimit, FetchGate
-from kvstore.hedged_read import Answer, HedgeBudget, HedgedRead
+from kvstore.hedged_read import Answer, HedgedRead, hedge_budget
 from kvstore.link_estimate import LinkEstimate
 from kvstore.metrics import Metrics
 from kvstore.plan import Priority
-from kvstore.retries import retried
+from kvstore.retries import Retries
 
 # Below this a second request costs more than the wait it may save.
 HEDGE_S_MIN = 0.025
@@ -37,8 +37,9 @@ class RangeReader:
     tier         its name, for metrics
     prefix       of its objects' names; see `object_name`
     concurrency  reads at once, at most; how many there are now adapts to what the tier can take
-    scratch      memory for second attempts, slots as long as any read. None: the tier is near, late
-                 reads are waited for and failed ones not made again
+    scratch      memory for second attempts, slots as long as any read. None: the tier is near, and
+                 late reads are waited for
+    retried      makes failed reads again. None: they are not made again
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class RangeReader:
         concurrency: int,
         metrics: Metrics,
         scratch: Arena | None,
+        retried: Retries | None,
     ) -> None:
         self.tier = tier
         self.prefix = prefix
@@ -57,7 +59,8 @@ class RangeReader:
         self._read_into = read_into
         self._gate = FetchGate(ConcurrencyLimit(concurrency))
         self._scratch = scratch
-        self._budget = HedgeBudget()
+        self._retried = retried
+        self._budget = hedge_budget()
         self._meter = metrics.tier_reads(tier, lambda: self._gate.inside, lambda: self._gate.limit.value)
 
     @property
@@ -71,9 +74,9 @@ class RangeReader:
 
     async def read(self, name: str, offset: int, out: memoryview, *, etag: str | None) -> Answer:
         """Fill `out` as Backend.read_into does, with its errors. Take a `place` first."""
-        if self._scratch is None:
+        if self._retried is None:
             return await self._read_once(name, offset, out, etag)
-        return await retried(lambda: self._read_once(name, offset, out, etag), self._meter.retries.inc)
+        return await self._retried(lambda: self._read_once(name, offset, out, etag), self._meter.retries.inc)
 
     async def _read_once(self, name: str, offset: int, out: memoryview, etag: str | None) -> Answer:
         limit = self._gate.limit

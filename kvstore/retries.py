@@ -7,41 +7,71 @@ import random
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-import tenacity
-
-from kvstore.errors import RetryableError
+from kvstore.budget import Budget
+from kvstore.errors import CircuitOpenError, RetryableError, ThrottledError
 
 T = TypeVar("T")
-ATTEMPTS = 3
-_FIRST_PAUSE_S = 0.05
-_PAUSE_S_MAX = 1.0
+# Before the second attempt and before the third, at most; longer where the store asks for fewer requests.
+PAUSES_S = (0.05, 0.1)
+THROTTLED_PAUSES_S = (0.25, 1.0)
+# In a storm, when everything fails, there are a fifth more requests, not three times as many.
+_SHARE = 0.2
+# Longer and longer where nobody waits, up to this.
+_PATIENT_PAUSE_S_MAX = 5.0
+# So that a quiet store can retry at all, and a moment in which everything under way fails passes unseen.
+_RESERVE = 100.0
 
 
-async def retried(attempt: Callable[[], Awaitable[T]], on_retry: Callable[[], None] = lambda: None) -> T:
-    """The result of `attempt`, which may be made again: three times in all, full jitter between.
+class Retries:
+    """Makes requests again, within one budget for all that share it: a store has one.
 
-    on_retry  called before each attempt after the first
-
-    The caller's deadline bounds the whole by cancelling it.
+    The caller's deadline bounds the whole by cancelling it. Pauses have full jitter. One event loop.
     """
-    # Nearly every call ends here, and pays nothing for what may follow.
-    try:
+
+    def __init__(self) -> None:
+        self._budget = Budget(_SHARE, saved_max=_RESERVE, saved=_RESERVE)
+
+    async def __call__(
+        self, attempt: Callable[[], Awaitable[T]], on_retry: Callable[[], None] = lambda: None
+    ) -> T:
+        """The result of `attempt`, which may be made up to three times; raises its last error.
+
+        on_retry  called before each attempt after the first
+        """
+        self._budget.earn()
+        for pause_s, throttled_pause_s in zip(PAUSES_S, THROTTLED_PAUSES_S, strict=True):
+            try:
+                return await attempt()
+            except RetryableError as error:
+                if not self._budget.spend():
+                    raise
+                pause_s_max = throttled_pause_s if isinstance(error, ThrottledError) else pause_s
+            await asyncio.sleep(random.uniform(0, pause_s_max))  # noqa: S311 it protects nothing
+            on_retry()
         return await attempt()
-    except RetryableError:
-        await asyncio.sleep(random.uniform(0, _FIRST_PAUSE_S))  # noqa: S311 it protects nothing
 
-    async def again() -> T:
-        on_retry()
-        return await attempt()
+    async def patiently(
+        self,
+        attempt: Callable[[], Awaitable[T]],
+        on_retry: Callable[[], None],
+        wait_on: Callable[[], Awaitable[None]],
+    ) -> T:
+        """As a call, but until the caller's deadline: for what nobody waits for.
 
-    return await _again(again)
+        It needs no budget, as pauses grow; so what was saved gets past a short outage.
 
-
-@tenacity.retry(
-    retry=tenacity.retry_if_exception_type(RetryableError),
-    stop=tenacity.stop_after_attempt(ATTEMPTS - 1),
-    wait=tenacity.wait_random_exponential(multiplier=2 * _FIRST_PAUSE_S, max=_PAUSE_S_MAX),
-    reraise=True,
-)
-async def _again(attempt: Callable[[], Awaitable[T]]) -> T:
-    return await attempt()
+        wait_on  returns when the backend is not known to be down
+        """
+        pause_s_max = PAUSES_S[0]
+        while True:
+            await wait_on()
+            try:
+                return await attempt()
+            except CircuitOpenError:
+                continue
+            except RetryableError as error:
+                if isinstance(error, ThrottledError):
+                    pause_s_max = max(pause_s_max, THROTTLED_PAUSES_S[0])
+            await asyncio.sleep(random.uniform(0, pause_s_max))  # noqa: S311 it protects nothing
+            pause_s_max = min(2 * pause_s_max, _PATIENT_PAUSE_S_MAX)
+            on_retry()

@@ -3,31 +3,54 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
+from typing import TypeVar
 
-from kvstore.backends.contract import ABSENT, Backend, Buffer, PutResult, PutStatus
+from kvstore.backends.contract import ABSENT, Buffer, PutResult, PutStatus
+from kvstore.backends.guarded import GuardedBackend
 from kvstore.errors import KVStoreError
 from kvstore.failpoints import Failpoint, reach
 from kvstore.handles import SaveOutcome
 from kvstore.keys import ChunkKey, namespace_document_name, object_name
 from kvstore.layout import PREAMBLE_BYTES, Shard
 from kvstore.presence import Presence
-from kvstore.retries import retried
+from kvstore.retries import Retries
+
+T = TypeVar("T")
 
 
 class Uploader:
-    """Uploads of one store, on its loop. Raises what Backend.put does, once retries are spent."""
+    """Uploads of one store, on its loop.
+
+    Each request is made again until it is answered, by whoever's deadline: every method raises
+    only what no further attempt can mend.
+    """
 
     def __init__(
-        self, backend: Backend, prefix: str, presence: Presence, on_retry: Callable[[], None]
+        self,
+        backend: GuardedBackend,
+        prefix: str,
+        presence: Presence,
+        retries: Retries,
+        on_retry: Callable[[], None],
     ) -> None:
         self._backend = backend
         self._prefix = prefix
         self._presence = presence
+        self._retries = retries
         self._on_retry = on_retry
         self._described: set[str] = set()
         self._describing = asyncio.Lock()
+
+    @property
+    def off(self) -> bool:
+        """Whether the backend is known to be down."""
+        return self._backend.breaker.off
+
+    async def wait_on(self) -> None:
+        """Return as soon as the backend is not known to be down."""
+        await self._backend.breaker.wait_on()
 
     async def describe(self, namespace_name: str, document: bytes) -> None:
         """Say in the bucket what the namespace is, once per store."""
@@ -35,7 +58,7 @@ class Uploader:
             if namespace_name not in self._described:
                 name = namespace_document_name(self._prefix, namespace_name)
                 put = partial(self._backend.put, name, [document], if_absent=True)
-                await retried(put, self._on_retry)
+                await self._made(put)
                 self._described.add(namespace_name)
                 reach(Failpoint.DESCRIBED)
 
@@ -60,7 +83,7 @@ class Uploader:
             reach(Failpoint.AFTER_PUT)
             return result
 
-        result = await retried(put, self._on_retry)
+        result = await self._made(put)
         self._presence.note_stored(key)
         if result.status is PutStatus.CREATED:
             return SaveOutcome.STORED
@@ -76,7 +99,10 @@ class Uploader:
         sent = memoryview(start)[:PREAMBLE_BYTES]
         found = memoryview(bytearray(PREAMBLE_BYTES))
         try:
-            result = await retried(partial(self._backend.read_into, name, 0, found), self._on_retry)
+            result = await self._made(partial(self._backend.read_into, name, 0, found))
         except KVStoreError:
             return False
         return result is not ABSENT and found == sent
+
+    async def _made(self, request: Callable[[], Awaitable[T]]) -> T:
+        return await self._retries.patiently(request, self._on_retry, self.wait_on)

@@ -22,14 +22,15 @@ class WarnRarely:
         self._silent_until: dict[str, float] = {}
         self._unsaid: dict[str, int] = {}
 
-    def __call__(self, topic: str, message: str) -> None:
-        """Log `message` unless `topic` was logged within the interval."""
+    def __call__(self, topic: str, message: str) -> bool:
+        """Log `message` unless `topic` was logged within the interval; whether it was logged."""
         now = self._clock()
         with self._lock:
             if now < self._silent_until.get(topic, now):
                 self._unsaid[topic] = self._unsaid.get(topic, 0) + 1
-                return
+                return False
             self._silent_until[topic] = now + INTERVAL_S
             unsaid = self._unsaid.pop(topic, 0)
         more = f" ({unsaid} more like it since the last warning)" if unsaid else ""
         self._log.warning("%s%s", message, more)
+        return True

@@ -193,9 +193,14 @@ class WriteBehind:
         )
 
     @property
+    def _held_up(self) -> bool:
+        """Whether an upload could not begin now."""
+        return self._places.locked() or self._uploader.off
+
+    @property
     def _crowded(self) -> bool:
         """Whether a chunk had better wait on disk than in memory."""
-        return self._limits.spill and self._places.locked() and 2 * self._queued > self._limits.chunks
+        return self._limits.spill and self._held_up and 2 * self._queued > self._limits.chunks
 
     def _joinable(self, key: ChunkKey) -> SavedChunk | None:
         # One that has ended may not have been removed yet.
@@ -251,11 +256,14 @@ class WriteBehind:
                     parts = await held.enter_async_context(self._sealed(chunk.key, slot))
                     await self._journal(namespace, chunk, parts)
                 if chunk.kept.done():
-                    if chunk.pending is None or self._places.locked():
+                    if chunk.pending is None or self._held_up:
                         await self._hand_over(chunk)
                         return None
                     async with self._places:
                         return await self._upload(namespace, chunk, parts)
+        # Before it has a place: all that wait for a backend that is down are dropped in time.
+        async with asyncio.timeout(self._limits.timeout_s):
+            await self._uploader.wait_on()
         async with self._places, self._sealed(chunk.key, slot) as parts:
             return await self._upload(namespace, chunk, parts)
 

@@ -25,7 +25,7 @@ from kvstore.cli.examination import (
 )
 from kvstore.cli.exits import ExitCode
 from kvstore.cli.output import size_text
-from kvstore.retries import retried
+from kvstore.retries import Retries
 
 PROBE_BYTES = 64 * 1024 + 3
 RACERS = 8
@@ -96,7 +96,9 @@ async def check_race(site: Site) -> Outcome:
     """Of several puts of one name at once exactly one wins, and its bytes are the object's."""
     payloads = [secrets.token_bytes(1000) for _ in range(RACERS)]
     # A loser may be told to try again (409) before it is told that the object exists.
-    results = await asyncio.gather(*(retried(partial(site.put, "race", payload)) for payload in payloads))
+    retried = Retries()
+    puts = [partial(site.put, "race", payload) for payload in payloads]
+    results = await asyncio.gather(*(retried(put) for put in puts))
     winners = [i for i, result in enumerate(results) if result.status is PutStatus.CREATED]
     if len(winners) != 1:
         return failed(f"{len(winners)} of {RACERS} simultaneous PUTs won, not 1", _CONDITIONAL_FIX)

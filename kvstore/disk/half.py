@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from kvstore.backends.blocking import BlockingCalls, Caller
+from kvstore.breaker import Breaker, ProbeError
 from kvstore.circuit import Circuit
 from kvstore.disk.events import DiskEvents, DiskFailure, Half
-from kvstore.errors import KVStoreError, RetryableError
+from kvstore.errors import KVStoreError
 from kvstore.warn import WarnRarely
 
 T = TypeVar("T")
@@ -54,18 +55,23 @@ class DiskHalf:
         self._folder = folder
         self._calls = BlockingCalls(threads, f"kvstore-disk-{half}")
         self._timeout_s = timeout_s
-        self._circuit = circuit
-        self._probe = probe
         self._switched_on = switched_on
         self._events = events
         self._warn = warn
-        self._probing: asyncio.Task[None] | None = None
+        self._breaker = Breaker(
+            f"the disk tier in {folder}, its {half},",
+            circuit,
+            lambda: self._calls.run(probe),
+            probe_timeout_s=timeout_s,
+            switched=self._switched,
+            probe_failed=self._probe_failed,
+        )
         self._cleaning: set[asyncio.Task[None]] = set()
 
     @property
     def off(self) -> bool:
         """Whether nothing should be tried now. Any thread may ask."""
-        return self._circuit.off
+        return self._breaker.off
 
     async def run(self, work: Callable[[Caller], T]) -> T:
         """The result of `work`. Raises OSError, counted already, as `work` does or for its time limit."""
@@ -75,7 +81,7 @@ class DiskHalf:
         except OSError as error:
             self.failed(error)
             raise
-        self._circuit.succeeded()
+        self._breaker.succeeded()
         return result
 
     def clean(self, work: Callable[[], None]) -> asyncio.Task[None]:
@@ -95,53 +101,35 @@ class DiskHalf:
 
     async def try_first(self) -> None:
         """Probe before anything else is tried; returns after the first answer, whatever it is."""
-        self._circuit.off = True
-        if not await self._probed():
-            self._events.degraded(self._half, off=True)
-            self._probing = asyncio.ensure_future(self._probe_until_on())
+        await self._breaker.try_first()
 
     def failed(self, error: OSError) -> None:
         """Count a failure, and switch off if it is one too many."""
         how = DiskFailure.of(error)
         self._events.failed(self._half, how)
-        for_sure = self._half is Half.WRITES and how in _FOR_SURE
-        # Of a full disk the tier knows how to live: it makes room first.
-        if how is DiskFailure.FULL or not self._circuit.failed(for_sure=for_sure):
-            self._say(how, error)
-            return
         self._say(how, error)
-        self._events.degraded(self._half, off=True)
-        self._probing = asyncio.ensure_future(self._probe_until_on())
+        # Of a full disk the tier knows how to live: it makes room first.
+        if how is not DiskFailure.FULL:
+            self._breaker.failed(for_sure=self._half is Half.WRITES and how in _FOR_SURE)
 
     async def close(self, timeout_s: float) -> None:
         """Finish cleaning and end the threads; what hangs is left behind, after `timeout_s` in all."""
-        if self._probing is not None:
-            self._probing.cancel()
         started_s = time.monotonic()
+        await self._breaker.close(timeout_s)
         if self._cleaning:
-            await asyncio.wait(self._cleaning, timeout=timeout_s)
+            await asyncio.wait(self._cleaning, timeout=max(0.0, started_s + timeout_s - time.monotonic()))
         await self._calls.close(max(0.0, started_s + timeout_s - time.monotonic()))
         for task in self._cleaning:
             task.cancel()
 
-    async def _probe_until_on(self) -> None:
-        while True:
-            await asyncio.sleep(self._circuit.next_pause_s())
-            if await self._probed():
-                self._events.degraded(self._half, off=False)
-                self._switched_on()
-                return
+    def _switched(self, *, off: bool) -> None:
+        self._events.degraded(self._half, off=off)
+        if not off:
+            self._switched_on()
 
-    async def _probed(self) -> bool:
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                await self._calls.run(self._probe)
-        except (OSError, RetryableError) as error:
-            if isinstance(error, OSError):
-                self._say(DiskFailure.of(error), error)
-            return False
-        self._circuit.probed()
-        return True
+    def _probe_failed(self, error: ProbeError) -> None:
+        if isinstance(error, OSError):
+            self._say(DiskFailure.of(error), error)
 
     def _say(self, how: DiskFailure, error: OSError) -> None:
         what = error.strerror or f"took longer than {self._timeout_s:g} s"

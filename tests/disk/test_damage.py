@@ -62,7 +62,13 @@ class Reader:
             Arena(slot_bytes, 4),
         )
         self._reader = RangeReader(
-            "disk", tier.read_into, prefix=tier.prefix, concurrency=4, metrics=Metrics(), scratch=None
+            "disk",
+            tier.read_into,
+            prefix=tier.prefix,
+            concurrency=4,
+            metrics=Metrics(),
+            scratch=None,
+            retried=None,
         )
 
     async def load(self, key: ChunkKey) -> MissReason | None:

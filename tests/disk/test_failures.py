@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -52,7 +53,8 @@ def one_chunk(number: int) -> ChunkKey:
 
 def set_limit(tier: DiskTier, timeout_s: float) -> None:
     """How long a read or a write may take: little only while the disk hangs, or time would decide a test."""
-    tier._reads._timeout_s = tier._writes._timeout_s = timeout_s
+    for half in (tier._reads, tier._writes):
+        half._timeout_s = half._breaker._probe_timeout_s = timeout_s
 
 
 @contextlib.contextmanager
@@ -143,6 +145,34 @@ def test_a_failing_read_is_retryable_and_after_three_there_is_no_tier_for_a_whil
         disk.heal()
         await until(lambda: not events.off)
         assert tier.leading(KEYS) == 8
+        assert await get(tier, KEYS[0]) == data_of(KEYS[0])
+
+    run(tmp_path, scenario, events=events)
+
+
+def test_a_defect_of_the_probe_does_not_keep_the_tier_off(
+    tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+):
+    events = Recorder()
+
+    async def scenario(tier: DiskTier) -> None:
+        await put_all(tier, KEYS)
+        disk.fail(errno.EIO, "preadv", half="reads")
+        for _ in range(3):
+            with pytest.raises(RetryableError):
+                await get(tier, KEYS[0])
+        assert events.off == {Half.READS}
+        raised = threading.Event()
+
+        def defect(*arguments: object) -> None:
+            raised.set()
+            raise TypeError("a defect")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(tier._folder, "check_readable", defect)
+            await until(raised.is_set)
+        disk.heal()
+        await until(lambda: not events.off)
         assert await get(tier, KEYS[0]) == data_of(KEYS[0])
 
     run(tmp_path, scenario, events=events)

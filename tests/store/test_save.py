@@ -134,7 +134,7 @@ def test_what_can_be_retried_is_retried(opened):
 @pytest.mark.parametrize("error", [RetryableError("503"), MisconfiguredError("denied"), OSError("a defect")])
 def test_a_failing_backend_fails_the_save_warns_once_and_a_later_save_succeeds(opened, caplog, error):
     backend = ScriptedBackend()
-    store = opened(backend)
+    store = opened(backend, upload_timeout_s=0.3)
     settle(store)
     backend.when("put", error, name=".0-3")
     if isinstance(error, OSError):
@@ -257,9 +257,9 @@ def test_a_chunk_is_not_said_to_be_stored_because_others_behind_it_are(opened):
     backend = ScriptedBackend(stored_chunks(chain))
     store = opened(backend)
     settle(store)
-    probe = opened(ScriptedBackend(dict(backend.objects)))
-    probe.lookup(chain)
-    asked = {call.name for call in probe._parts.backend._inner.calls if call.operation == "head"}
+    probe = ScriptedBackend(dict(backend.objects))
+    opened(probe).lookup(chain)
+    asked = {call.name for call in probe.calls if call.operation == "head"}
     hole = next(i for i, key in enumerate(chain.keys) if i > 0 and name_of(key) not in asked)
     del backend.objects[name_of(chain.keys[hole])]
     assert store.lookup(chain).chunks == 40

@@ -41,3 +41,25 @@ def test_pauses_grow_up_to_a_limit_and_until_real_work_succeeds():
     tried.succeeded()
     tried.failed(for_sure=True)
     assert tried.next_pause_s() == 1
+
+
+def test_failures_must_go_on_for_a_while_where_that_is_asked_for():
+    tried = Circuit(3, 1.0, 60.0, lasting_s=5.0)
+    tried.succeeded(100.0)
+    # Begun before the last success: what counts is since when nothing has succeeded.
+    assert not any(tried.failed(began_s=90.0, now_s=104.9) for _ in range(64))
+    assert tried.failed(began_s=104.9, now_s=105.0)
+
+
+def test_failures_that_go_on_for_long_must_be_several():
+    tried = Circuit(3, 1.0, 60.0, lasting_s=5.0)
+    assert [tried.failed(began_s=0.0, now_s=now_s) for now_s in (50.0, 60.0, 70.0)] == [False, False, True]
+
+
+def test_a_success_begins_the_while_anew():
+    tried = Circuit(3, 1.0, 60.0, lasting_s=5.0)
+    for second in range(100):
+        assert not tried.failed(began_s=second, now_s=second)
+        if second % 5 == 4:
+            tried.succeeded(second)
+    assert not tried.off

@@ -87,6 +87,7 @@ class Lab:
         self.memory = MemoryTier(FORM.raw_bytes, 4)
         self.lookups = Lookups(
             backend=self.backend,
+            backend_off=lambda: False,
             prefix=PREFIX,
             shard=FORM.shard,
             memory=self.memory,

@@ -14,6 +14,7 @@ from kvstore.fetch_gate import START
 from kvstore.link_estimate import SAMPLES_MIN
 from kvstore.metrics import Metrics
 from kvstore.range_reader import RangeReader
+from kvstore.retries import Retries
 
 LENGTH = 4096
 PATIENCE_S = 20.0
@@ -52,6 +53,7 @@ class Lab:
             concurrency=concurrency,
             metrics=self.metrics,
             scratch=self.scratch,
+            retried=None if near else Retries(),
         )
         self.out = memoryview(bytearray(LENGTH))
 
