@@ -3,6 +3,7 @@
 import asyncio
 import os
 import threading
+import time
 
 import pytest
 from samples import (
@@ -39,13 +40,10 @@ def hold_writes(monkeypatch):
 
 
 def settle_until(store, condition):
-    deadline = threading.Event()
-    timer = threading.Timer(PATIENCE_S, deadline.set)
-    timer.start()
+    give_up_s = time.monotonic() + PATIENCE_S
     while not condition():
-        assert not deadline.is_set()
+        assert time.monotonic() < give_up_s
         settle(store)
-    timer.cancel()
 
 
 def fills(store):
