@@ -271,20 +271,26 @@ class ThreadLane(Lane):
     """A lane in a thread of its own.
 
     deliver  takes jobs that have ended, in that thread; a RuntimeError of it ends the lane
+
+    Raises RuntimeError where the system has no more threads, OSError where it has no more descriptors.
     """
 
     def __init__(self, name: str, deliver: Callable[[list[Job[Any]]], None]) -> None:
         super().__init__()
         self._deliver = deliver
-        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self.watch(self._bell, os.eventfd_read)
-        self.watch_room(self._bell, wanted=False)
         self._asleep = False
         self._stopping = False
         self._inbox: deque[tuple[Callable[[Any], None], Any]] = deque()
         self._ended: list[Job[Any]] = []
         self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
-        self._thread.start()
+        with contextlib.ExitStack() as opened:
+            opened.callback(self._epoll.close)
+            self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            opened.callback(os.close, self._bell)
+            self.watch(self._bell, os.eventfd_read)
+            self.watch_room(self._bell, wanted=False)
+            self._thread.start()
+            self._close = opened.pop_all().close
 
     def submit(self, job: Job[Any]) -> None:
         """See Lane.submit."""
@@ -303,8 +309,7 @@ class ThreadLane(Lane):
         """See Lane.stop. Waits for the thread's end."""
         self._post(self._stop, None)
         self._thread.join()
-        self._epoll.close()
-        os.close(self._bell)
+        self._close()
 
     def _call_soon(self, function: Callable[[], None]) -> None:
         self._post(lambda _: function(), None)

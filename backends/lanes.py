@@ -80,8 +80,14 @@ class Lanes:
             if lane.busy < _BUSY_MAX:
                 return lane
         if len(self._lanes) < self._lanes_max:
-            self._lanes.append(self._open(loop))
-            return self._lanes[-1]
+            try:
+                self._lanes.append(self._open(loop))
+            except (RuntimeError, OSError):
+                # The system has no more threads or descriptors; the lanes that run can do it.
+                if not self._lanes:
+                    raise
+            else:
+                return self._lanes[-1]
         return min(self._lanes, key=lambda lane: lane.jobs)
 
     def _open(self, loop: asyncio.AbstractEventLoop) -> Lane:

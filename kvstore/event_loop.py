@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import os
 import threading
 from collections.abc import Callable, Coroutine
@@ -84,23 +85,29 @@ class EventLoopThread:
         return await self._engine.run(_holding_buffers(function, arguments))
 
     def close(self, last: Coroutine[Any, Any, None]) -> None:
-        """Cancel what still runs and wait for it, run `last`, and end the threads."""
+        """Cancel what still runs and wait for it, run `last`, and end the threads.
+
+        Raises what `last` raised, when all that has been done.
+        """
         with self._submitting:
             self._closed = True
             done = asyncio.run_coroutine_threadsafe(self._shut_down(last), self._loop)
-        done.result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        try:
+            done.result()
+        finally:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
 
     async def _shut_down(self, last: Coroutine[Any, Any, None]) -> None:
         others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
-        await last
-        await self._workers.close()
-        await self._engine.close()
+        async with contextlib.AsyncExitStack() as ending:
+            ending.push_async_callback(self._engine.close)
+            ending.push_async_callback(self._workers.close)
+            await last
 
 
 def _holding_buffers(function: Callable[..., T], arguments: tuple[Any, ...]) -> Callable[[Caller], T]:

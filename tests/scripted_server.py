@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
+import ssl
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 
@@ -62,7 +64,19 @@ class Peer:
         """End the connection with a RST."""
         sock = self._writer.get_extra_info("socket")
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.cut()
+
+    def cut(self) -> None:
+        """End the connection, where it goes through TLS without saying so."""
         self._writer.transport.abort()
+
+    async def send_unencrypted(self, data: bytes) -> None:
+        """Send bytes past TLS, between two of its records."""
+        descriptor = self._writer.get_extra_info("socket").fileno()
+        while data:
+            with contextlib.suppress(BlockingIOError):
+                data = data[os.write(descriptor, data) :]
+            await asyncio.sleep(0)
 
 
 class ScriptedServer:
@@ -101,15 +115,21 @@ async def _serve(script: Script, peer: Peer, writer: asyncio.StreamWriter) -> No
     try:
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
             await script(peer)
+    except asyncio.CancelledError:
+        # Nobody is there any more to say farewell to, or to read what was sent.
+        writer.transport.abort()
+        raise
     finally:
         writer.close()
 
 
 @contextlib.asynccontextmanager
-async def scripted_server() -> AsyncIterator[ScriptedServer]:
+async def scripted_server(tls: ssl.SSLContext | None = None) -> AsyncIterator[ScriptedServer]:
     scripted = ScriptedServer()
-    server = await asyncio.start_server(scripted.accept, "127.0.0.1", 0)
-    scripted.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    # How long it waits for the other end's farewell, which may never come.
+    patience = {"ssl_shutdown_timeout": 0.1} if tls else {}
+    server = await asyncio.start_server(scripted.accept, "127.0.0.1", 0, ssl=tls, **patience)
+    scripted.url = f"http{'s' if tls else ''}://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     try:
         yield scripted
     finally:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, Literal
 
+from certificates import Authority
 from scripted_server import Script, ScriptedServer, scripted_server
 
 from kvstore.backends.contract import Buffer
@@ -118,12 +119,17 @@ class Stage:
 
 
 @asynccontextmanager
-async def staged(kind: LaneKind, *scripts: Script, url: str = "", **options: Any) -> AsyncIterator[Stage]:
+async def staged(
+    kind: LaneKind, *scripts: Script, url: str = "", authority: Authority | None = None, **options: Any
+) -> AsyncIterator[Stage]:
     """A stage whose server plays `scripts`; checked at the end.
 
-    url  what the backend speaks to in place of the server
+    url        what the backend speaks to in place of the server
+    authority  of the server's certificate; None: it speaks no TLS
     """
-    async with scripted_server() as server:
+    if authority is not None:
+        options["ca_bundle"] = str(authority.bundle)
+    async with scripted_server(None if authority is None else authority.server("127.0.0.1")) as server:
         server.play(*scripts)
         backend = S3SocketBackend(S3Options("bucket", url or server.url, **options))
         if kind == "thread":

@@ -249,6 +249,32 @@ def test_a_name_that_is_not_found_is_looked_up_again(monkeypatch: pytest.MonkeyP
     run(scenario)
 
 
+def test_a_name_that_no_thread_can_look_up_is_retryable_and_looked_up_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "kvstore name lookup":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    async def scenario() -> None:
+        async with canned_server(WHOLE) as server:
+            port = int(server.url.rpartition(":")[2])
+            addresses_of(monkeypatch, lambda _: [("127.0.0.1", port)])
+            async with opened("http://store.test") as backend:
+                with monkeypatch.context() as patch:
+                    patch.setattr(threading.Thread, "start", refuse)
+                    for _ in range(2):
+                        with pytest.raises(RetryableError, match="can't start new thread"):
+                            await read(backend)
+                    assert backend.open_connections == 0
+                assert await read(backend) == b"0123456789"
+
+    run(scenario)
+
+
 def test_every_address_of_a_name_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
         async with canned_server(WHOLE) as server:

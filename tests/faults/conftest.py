@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from aws_credentials import use_test_credentials
+from certificates import Authority
 from scripted_server import Script
 from socket_stage import PATIENCE_S, LaneKind, Stage, staged
 
@@ -25,20 +26,25 @@ def _credentials() -> Iterator[None]:
 class Theatre:
     """Plays scenes in one event loop. Stages stay, as it takes long to set one up."""
 
-    def __init__(self, runner: asyncio.Runner) -> None:
+    def __init__(self, runner: asyncio.Runner, authority: Authority) -> None:
         self._runner = runner
-        self._stages: dict[tuple[str, bool], Stage] = {}
+        self._authority = authority
+        self._stages: dict[tuple[str, bool, bool], Stage] = {}
         self._stack = AsyncExitStack()
 
-    def play(self, kind: LaneKind, scene: Scene, *scripts: Script, patient: bool = True) -> None:
+    def play(
+        self, kind: LaneKind, scene: Scene, *scripts: Script, tls: bool = False, patient: bool = True
+    ) -> None:
         """Play a scene whose server plays `scripts`. A patient backend never times out."""
+        place = (kind, tls, patient)
 
         async def bounded() -> None:
             async with asyncio.timeout(PATIENCE_S):
-                if (kind, patient) not in self._stages:
-                    fresh = staged(kind, **(PATIENT if patient else BRIEF))
-                    self._stages[kind, patient] = await self._stack.enter_async_context(fresh)
-                stage = self._stages[kind, patient]
+                if place not in self._stages:
+                    authority = self._authority if tls else None
+                    fresh = staged(kind, authority=authority, **(PATIENT if patient else BRIEF))
+                    self._stages[place] = await self._stack.enter_async_context(fresh)
+                stage = self._stages[place]
                 stage.server.play(*scripts)
                 await scene(stage)
                 await stage.settle()
@@ -47,7 +53,7 @@ class Theatre:
             self._runner.run(bounded())
         except BaseException:
             # The next scene shall not inherit what this one left.
-            self._stages.pop((kind, patient), None)
+            self._stages.pop(place, None)
             raise
 
     def close(self) -> None:
@@ -55,18 +61,25 @@ class Theatre:
         self._runner.run(self._stack.aclose())
 
 
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
 @pytest.fixture(scope="module")
-def theatre() -> Iterator[Theatre]:
+def theatre(authority: Authority) -> Iterator[Theatre]:
     with asyncio.Runner() as runner:
-        theatre = Theatre(runner)
+        theatre = Theatre(runner, authority)
         yield theatre
         theatre.close()
 
 
-@pytest.fixture(params=["loop", "thread"])
+@pytest.fixture(params=[("loop", False), ("thread", False), ("loop", True)], ids=["loop", "thread", "TLS"])
 def play(request: pytest.FixtureRequest, theatre: Theatre) -> Callable[..., None]:
+    kind, tls = request.param
+
     def play(scene: Scene, *scripts: Script, patient: bool = True) -> None:
-        theatre.play(request.param, scene, *scripts, patient=patient)
+        theatre.play(kind, scene, *scripts, tls=tls, patient=patient)
 
     return play
 
@@ -74,3 +87,11 @@ def play(request: pytest.FixtureRequest, theatre: Theatre) -> Callable[..., None
 @pytest.fixture(params=["loop", "thread"])
 def kind(request: pytest.FixtureRequest) -> LaneKind:
     return request.param  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def play_tls(kind: LaneKind, theatre: Theatre) -> Callable[..., None]:
+    def play(scene: Scene, *scripts: Script, patient: bool = True) -> None:
+        theatre.play(kind, scene, *scripts, tls=True, patient=patient)
+
+    return play

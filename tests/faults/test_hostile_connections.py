@@ -224,6 +224,17 @@ def test_a_bucket_of_another_region_is_asked_there(moved: bytes, kind: LaneKind)
     asyncio.run(scene())
 
 
+def test_a_request_that_is_late_for_a_region_leaves_no_connection_there(kind: LaneKind) -> None:
+    async def scene() -> None:
+        async with staged(kind, replies(RIGHT), **PATIENT) as stage:
+            left = await stage.backend._wired()
+            left.requests.close()
+            assert await stage.read() == READ
+            assert stage.backend.open_connections == 0
+
+    asyncio.run(scene())
+
+
 @pytest.mark.parametrize("other", ["us-east-1", "eu-west-9", "eu-west-8"])
 def test_a_bucket_that_is_in_no_region_is_a_wrong_setting(other: str, kind: LaneKind) -> None:
     async def scene() -> None:

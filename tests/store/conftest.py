@@ -1,8 +1,9 @@
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-from samples import LAYOUT, Gate, store_of
+from samples import LAYOUT, PATIENCE_S, Gate, store_of
 
 from kvstore.layout import KVLayout
 from kvstore.store import KVStore
@@ -21,3 +22,17 @@ def opened() -> Iterator[Callable[..., KVStore]]:
     Gate.open_all()
     for store in stores:
         store.close()
+
+
+@pytest.fixture
+def with_disk(opened: Callable[..., KVStore], tmp_path: Path) -> Callable[..., KVStore]:
+    """Opens stores that share the folder `disk`, each when all that is in it has been found."""
+
+    def open_store(backend: Any, **settings: Any) -> KVStore:
+        store = opened(backend, disk_dir=str(tmp_path / "disk"), **settings)
+        assert store.wait_connected(PATIENCE_S)
+        assert store._parts.disk is not None
+        store._loop.run(store._parts.disk.wait_scanned())
+        return store
+
+    return open_store

@@ -27,19 +27,6 @@ CHAIN = chain_of(4)
 CODECS = ["none", "zstd"]
 
 
-@pytest.fixture
-def with_disk(opened, tmp_path):
-    """Opens stores that share a folder, each when all that is in it has been found."""
-
-    def open_store(backend, **settings):
-        store = opened(backend, disk_dir=str(tmp_path / "disk"), **settings)
-        assert store.wait_connected(PATIENCE_S)
-        store._loop.run(store._parts.disk.wait_scanned())
-        return store
-
-    return open_store
-
-
 def files(tmp_path) -> list[Path]:
     return sorted(path for path in (tmp_path / "disk" / "v1").rglob("*.0-3"))
 
