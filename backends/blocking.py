@@ -127,14 +127,7 @@ class BlockingCalls:
         Cancelled while work is queued: it never runs. Cancelled while work runs: ends at once, or
         as soon as work leaves `caller.buffers()`. What work does after that nobody waits for.
         """
-        if self._closed:
-            raise MisconfiguredError(f"{self._name} was used after close(); open another one")
-        job = _Job(work, asyncio.get_running_loop())
-        # Before the job is queued: where no thread can be started, it must not run later on.
-        if len(self._threads) < min(self._running + 1, self._threads_max):
-            self._start_thread()
-        self._running += 1
-        self._queue.put(job)
+        job = self._begin(work)
         try:
             return await job.ended
         except asyncio.CancelledError:
@@ -143,6 +136,10 @@ class BlockingCalls:
                 with contextlib.suppress(asyncio.CancelledError):
                     await asyncio.wait([freed])
             raise
+
+    def begin(self, work: Callable[[Caller], T]) -> asyncio.Future[T]:
+        """Have work done, whatever becomes of the caller; `close` waits for it. Not to be cancelled."""
+        return self._begin(work).ended
 
     async def close(self, timeout_s: float | None = None) -> bool:
         """Wait for running work and end the threads.
@@ -164,6 +161,17 @@ class BlockingCalls:
             thread.join()
         self._threads.clear()
         return ended
+
+    def _begin(self, work: Callable[[Caller], T]) -> _Job[T]:
+        if self._closed:
+            raise MisconfiguredError(f"{self._name} was used after close(); open another one")
+        job = _Job(work, asyncio.get_running_loop())
+        # Before the job is queued: where no thread can be started, it must not run later on.
+        if len(self._threads) < min(self._running + 1, self._threads_max):
+            self._start_thread()
+        self._running += 1
+        self._queue.put(job)
+        return job
 
     def _start_thread(self) -> None:
         loop = asyncio.get_running_loop()

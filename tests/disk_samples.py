@@ -159,8 +159,8 @@ async def settled(tier: DiskTier) -> None:
     await until(
         lambda: (
             not (
-                tier._writes._cleaning
-                or tier._reads._cleaning
+                tier._writes._calls._running
+                or tier._reads._calls._running
                 or tier._looks._running
                 or tier._look_due.is_set()
             )

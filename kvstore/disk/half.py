@@ -66,7 +66,6 @@ class DiskHalf:
             switched=self._switched,
             probe_failed=self._probe_failed,
         )
-        self._cleaning: set[asyncio.Task[None]] = set()
 
     @property
     def off(self) -> bool:
@@ -84,20 +83,23 @@ class DiskHalf:
         self._breaker.succeeded()
         return result
 
-    def clean(self, work: Callable[[], None]) -> asyncio.Task[None]:
+    def clean(self, work: Callable[[], None]) -> asyncio.Future[None]:
         """Have `work` done, however long that takes; its errors are of no use to anybody.
 
-        Nobody need wait for the task, which must not be cancelled.
+        Nobody need wait for the future, which must not be cancelled.
         """
 
-        async def run() -> None:
+        def clean(_: Caller) -> None:
             with contextlib.suppress(OSError, KVStoreError):
-                await self._calls.run(lambda _: work())
+                work()
 
-        task = asyncio.ensure_future(run())
-        self._cleaning.add(task)
-        task.add_done_callback(self._cleaning.discard)
-        return task
+        try:
+            return self._calls.begin(clean)
+        except (RuntimeError, KVStoreError):
+            # There is no thread to be had, or this was closed.
+            done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            done.set_result(None)
+            return done
 
     async def try_first(self) -> None:
         """Probe before anything else is tried; returns after the first answer, whatever it is."""
@@ -116,11 +118,7 @@ class DiskHalf:
         """Finish cleaning and end the threads; what hangs is left behind, after `timeout_s` in all."""
         started_s = time.monotonic()
         await self._breaker.close(timeout_s)
-        if self._cleaning:
-            await asyncio.wait(self._cleaning, timeout=max(0.0, started_s + timeout_s - time.monotonic()))
         await self._calls.close(max(0.0, started_s + timeout_s - time.monotonic()))
-        for task in self._cleaning:
-            task.cancel()
 
     def _switched(self, *, off: bool) -> None:
         self._events.degraded(self._half, off=off)
