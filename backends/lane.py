@@ -37,13 +37,16 @@ class AbandonedError(Exception):
 
 
 class Job(Generic[T]):
-    """One piece of work for a lane, and how it ended. `ended` belongs to the caller's event loop."""
+    """One piece of work for a lane, and how it ended.
+
+    ended  belongs to the caller's event loop; the job lets go of it, and of what it holds, when settled
+    """
 
     __slots__ = ("abandoned", "awaited", "ended", "error", "released", "result", "settled", "until_s", "work")
 
     def __init__(self, work: Coroutine[Any, Any, T], ended: asyncio.Future[T]) -> None:
         self.work: Coroutine[Any, Any, T] | None = work
-        self.ended = ended
+        self.ended: asyncio.Future[T] | None = ended
         self.abandoned = False
         self.settled = False
         self.released: asyncio.Future[None] | None = None
@@ -54,6 +57,7 @@ class Job(Generic[T]):
 
     def settle(self) -> None:
         """Tell the caller how it ended. Called in the caller's event loop."""
+        assert self.ended is not None
         self.settled = True
         if self.released is not None:
             self.released.set_result(None)
@@ -63,6 +67,8 @@ class Job(Generic[T]):
             self.ended.set_result(self.result)  # type: ignore[arg-type]  # None only where T is
         else:
             self.ended.set_exception(self.error)
+        # Frames that the error has may know this job, those that called them too since Python 3.12.
+        self.ended = self.result = self.error = None
 
 
 class Lane:

@@ -50,12 +50,13 @@ class Lanes:
             raise MisconfiguredError(f"{self._name} was used after close(); open another one")
         loop = asyncio.get_running_loop()
         lane = self._choose(loop)
-        job: Job[T] = Job(work(lane), loop.create_future())
+        ended: asyncio.Future[T] = loop.create_future()
+        job = Job(work(lane), ended)
         self._running += 1
         lane.jobs += 1
         lane.submit(job)
         try:
-            return await job.ended
+            return await ended
         except asyncio.CancelledError:
             await _released(lane, job, loop)
             raise
@@ -63,7 +64,7 @@ class Lanes:
             lane.jobs -= 1
             self._running -= 1
             self._admit()
-            del job  # see Lane._advance
+            del job, ended  # see Lane._advance
 
     async def close(self) -> None:
         """Wait for running work and end the threads."""
