@@ -87,9 +87,14 @@ class Assembly:
 
     async def disconnect(self) -> None:
         """Close the tiers, in bounded time."""
-        await self.writes.end()
-        if self.disk is not None:
-            await self.disk.close()
+        try:
+            await self.writes.end()
+            if self.disk is not None:
+                await self.disk.close()
+        finally:
+            await self._disconnect_backend()
+
+    async def _disconnect_backend(self) -> None:
         try:
             async with asyncio.timeout(DISCONNECT_TIMEOUT_S):
                 await self.backend.close()

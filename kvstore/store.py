@@ -206,9 +206,11 @@ class KVStore:
                     report.bytes_left,
                     report.chunks_journaled,
                 )
-            self._loop.close(last=self._parts.disconnect())
-            self._parts.memory.clear()
-            self._prefault.end()
+            try:
+                self._loop.close(last=self._parts.disconnect())
+            finally:
+                self._parts.memory.clear()
+                self._prefault.end()
             return report
 
     def __enter__(self) -> Self:
