@@ -7,8 +7,12 @@ from typing import Any
 
 import pytest
 from aws_credentials import use_test_credentials
+from fault_proxy import FaultProxy
+from moto_buckets import moto_bucket, moto_url
 from scripted_server import Script
 from socket_stage import PATIENCE_S, LaneKind, Stage, staged
+
+__all__ = ["moto_bucket", "moto_url"]
 
 Scene = Callable[[Stage], Coroutine[Any, Any, None]]
 PATIENT = {"read_timeout_s": 60.0, "connect_timeout_s": 60.0}
@@ -74,3 +78,10 @@ def play(request: pytest.FixtureRequest, theatre: Theatre) -> Callable[..., None
 @pytest.fixture(params=["loop", "thread"])
 def kind(request: pytest.FixtureRequest) -> LaneKind:
     return request.param  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def proxy(moto_url: str) -> Iterator[FaultProxy]:
+    """In front of moto."""
+    with FaultProxy(moto_url, seed=4) as proxy:
+        yield proxy
