@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import struct
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # They speak of one connection, and the proxy makes two of it.
 _HOP_BY_HOP = ("connection", "keep-alive", "proxy-connection")
@@ -81,7 +82,11 @@ class Exchange:
         """What the server answers to another body, whose length the head is told."""
         kept = [(name, value) for name, value in self.head.headers if name.lower() != "content-length"]
         headers = [*kept, ("content-length", str(len(body)))]
-        return await self._ask(RequestHead(self.head.method, self.head.target, headers), body)
+        return await self._ask(replace(self.head, headers=headers), body)
+
+    async def ask_for(self, target: str) -> Answer:
+        """What the server answers for another URL."""
+        return await self._ask(replace(self.head, target=target), await self.body())
 
     async def reply(self, answer: Answer) -> None:
         """Send an answer whole."""
@@ -104,7 +109,8 @@ class Exchange:
 
     def end_sending(self) -> None:
         """Close one half of the connection: nothing follows, but what the client sends is taken."""
-        self._writer.write_eof()
+        with contextlib.suppress(OSError):  # the client has left
+            self._writer.write_eof()
 
     def reset(self) -> None:
         """End the connection with a RST."""

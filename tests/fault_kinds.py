@@ -41,6 +41,15 @@ def deaf_in_request(seconds: float) -> Fault:
     return Fault(f"deaf in request for {seconds:g} s", strike)
 
 
+def answer_of(target: str) -> Fault:
+    """The server is asked for another object than the client asks for. It must look at no signature."""
+
+    async def strike(exchange: Exchange) -> None:
+        await exchange.reply(await exchange.ask_for(target))
+
+    return Fault("answer of another", strike)
+
+
 async def _stall(exchange: Exchange) -> None:
     await exchange.silence()
 
