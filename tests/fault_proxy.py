@@ -70,7 +70,7 @@ class FaultProxy:
         self._rules: tuple[_Rule, ...] = ()
         self._changed = threading.Condition()
         self._serving: set[asyncio.Task[None]] = set()
-        self._listener: asyncio.Server | None = None
+        self._listener: socket.socket | None = None
         # Holds the port while nobody listens there.
         self._holder = socket.socket()
         self._holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -137,36 +137,51 @@ class FaultProxy:
 
     async def _listen(self) -> None:
         assert self._listener is None
-        self._listener = await asyncio.start_server(self._accept, *self._holder.getsockname(), backlog=1024)
+        # No server of asyncio: that loses connections which it accepted just before it is closed.
+        self._listener = socket.create_server(self._holder.getsockname(), backlog=1024)
+        self._listener.settimeout(0)
+        self._loop.add_reader(self._listener, self._accept)
 
     async def _refuse(self) -> None:
         if self._listener is not None:
+            self._loop.remove_reader(self._listener)
             self._listener.close()
             self._listener = None
         await self._reset_all()
 
     async def _reset_all(self) -> None:
-        for task in self._serving:
+        # One that has not begun would not close what it was given.
+        await asyncio.sleep(0)
+        serving = set(self._serving)
+        for task in serving:
             task.cancel()
-        while self._serving:
-            await asyncio.wait(self._serving)
+        if serving:
+            await asyncio.wait(serving)
 
-    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._count(opened=1)
-        task = asyncio.create_task(self._serve(reader, writer))
-        self._serving.add(task)
-        task.add_done_callback(self._serving.discard)
+    def _accept(self) -> None:
+        assert self._listener is not None
+        with contextlib.suppress(BlockingIOError, ConnectionError):
+            sock, _ = self._listener.accept()
+            self._count(opened=1)
+            task = asyncio.create_task(self._serve(sock))
+            self._serving.add(task)
+            task.add_done_callback(self._ended)
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._serving.discard(task)
+        self._count(opened=-1)
+
+    async def _serve(self, sock: socket.socket) -> None:
+        reader, writer = await asyncio.open_connection(sock=sock)
         try:
             with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
                 while await self._serve_one(reader, writer):
                     pass
         except asyncio.CancelledError:
             reset(writer)
+            raise
         finally:
             writer.close()
-            self._count(opened=-1)
 
     async def _serve_one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         """Handle one request; False when the connection is of no use any more."""
