@@ -9,16 +9,18 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import fault_kinds as kinds
 from fault_proxy import Fault, FaultProxy
 from s3_planes import open_plane
 from samples import FORM, PATIENCE_S, Pages, chain_of, store_of
 
+from kvstore.arena import whole_pages
 from kvstore.backends.s3 import S3Options
 from kvstore.handles import Durability, SaveOutcome
 from kvstore.keys import PrefixChain
+from kvstore.layout import ChunkForm
 from kvstore.store import KVStore
 
 # What a slow machine may add to a deadline.
@@ -27,44 +29,63 @@ CHAIN_CHUNKS = 4
 MAX_CONNECTIONS = 12
 QUEUE_CHUNKS = 12
 STORED = {SaveOutcome.STORED, SaveOutcome.PRESENT}
-# How long each call may take. A save does not wait for the backend at all.
-DEADLINES_S = {"save": 0.0, "lookup": 0.3, "load": 0.5, "wait": 0.5, "flush": 0.3, "close": 0.5}
-_STORM_SETTINGS = {
-    "memory_bytes": 32 * FORM.raw_bytes * 3,
-    "upload_queue_bytes": QUEUE_CHUNKS * FORM.raw_bytes,
-    "upload_timeout_s": 2.0,
-    "lookup_timeout_s": DEADLINES_S["lookup"],
-    "load_timeout_s": DEADLINES_S["load"],
-    "close_timeout_s": DEADLINES_S["close"],
-    "fetch_concurrency": 4,
-    "upload_concurrency": 4,
-}
-_CHAINS = 24
+_SLOTS = 40
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the chunks are, how many chains the engines have, and how long each call may take."""
+
+    form: ChunkForm
+    chains: int
+    lookup_s: float
+    load_s: float
+
+    @property
+    def deadlines_s(self) -> dict[str, float]:
+        """By call. A save does not wait for the backend at all."""
+        return {
+            "save": 0.0,
+            "lookup": self.lookup_s,
+            "load": self.load_s,
+            "wait": self.load_s,
+            "flush": self.lookup_s,
+            "close": self.load_s,
+        }
+
+    def open_store(self, plane: str, options: S3Options, **changes: object) -> KVStore:
+        """A store with these deadlines, on `plane`."""
+        settings: dict[str, object] = {
+            "memory_bytes": _SLOTS * whole_pages(self.form.raw_bytes),
+            "upload_queue_bytes": QUEUE_CHUNKS * self.form.raw_bytes,
+            "upload_timeout_s": 4 * self.load_s,
+            "lookup_timeout_s": self.lookup_s,
+            "load_timeout_s": self.load_s,
+            "close_timeout_s": self.load_s,
+            # So that engines ask, and save again what somebody else has deleted.
+            "presence_ttl_s": 1.0,
+            "fetch_concurrency": 4,
+            "upload_concurrency": 4,
+        }
+        return store_of(open_plane(plane, options), self.form.layout, **(settings | changes))
+
+    def numbered(self, number: int) -> tuple[PrefixChain, str]:
+        """One of many chains, and the text its pages are made from."""
+        return chain_of(CHAIN_CHUNKS, self.form.layout, first_token=number * 1000), f"chain {number}"
+
+    def options(self, options: S3Options) -> S3Options:
+        """The same with time-outs and a number of connections that suit a storm."""
+        return replace(
+            options,
+            connect_timeout_s=self.load_s,
+            read_timeout_s=self.load_s,
+            max_connections=MAX_CONNECTIONS,
+        )
+
+
+SMALL = Scale(FORM, 24, lookup_s=0.3, load_s=0.5)
 # Of chains that no engine has.
-_fresh = itertools.count(_CHAINS)
-
-
-def brief(options: S3Options) -> S3Options:
-    """The same with timeouts and a number of connections that suit a storm."""
-    return S3Options(
-        options.bucket,
-        options.endpoint_url,
-        region=options.region,
-        addressing_style="path",
-        connect_timeout_s=0.5,
-        read_timeout_s=0.5,
-        max_connections=MAX_CONNECTIONS,
-    )
-
-
-def open_engine_store(plane: str, options: S3Options, **changes: object) -> KVStore:
-    """A store whose calls have the deadlines above, on `plane`."""
-    return store_of(open_plane(plane, options), **(_STORM_SETTINGS | changes))
-
-
-def numbered(number: int) -> tuple[PrefixChain, str]:
-    """One of many chains, and the text its pages are made from."""
-    return chain_of(CHAIN_CHUNKS, first_token=number * 1000), f"chain {number}"
+_fresh = itertools.count(SMALL.chains)
 
 
 @dataclass
@@ -78,6 +99,7 @@ class Engines:
 
     stores: list[KVStore]
     seed: int
+    scale: Scale = SMALL
     longest_s: Counter[str] = field(default_factory=Counter)
     loaded: Counter[str] = field(default_factory=Counter)
     saved: Counter[str] = field(default_factory=Counter)
@@ -127,7 +149,8 @@ class Engines:
 
     def assert_deadlines_kept(self) -> None:
         """No call took longer than it may."""
-        late = {call: s for call, s in self.longest_s.items() if s > DEADLINES_S[call] + GRACE_S}
+        deadlines_s = self.scale.deadlines_s
+        late = {call: s for call, s in self.longest_s.items() if s > deadlines_s[call] + GRACE_S}
         assert late == {}
 
     def assert_queue_bounded(self) -> None:
@@ -144,29 +167,29 @@ class Engines:
             self._failures.append(error)
 
     def _save(self, store: KVStore, source: random.Random) -> None:
-        chain, text = numbered(source.randrange(_CHAINS))
+        chain, text = self.scale.numbered(source.randrange(self.scale.chains))
         until = source.choice([Durability.QUEUED, Durability.QUEUED, Durability.REMOTE])
-        pages = Pages(CHAIN_CHUNKS, FORM, text)
+        pages = Pages(CHAIN_CHUNKS, self.scale.form, text)
         with self.timed("save"):
             handle = store.save(chain, range(CHAIN_CHUNKS), pages, until=until)
         if until is Durability.REMOTE:
             with self.timed("wait"):
                 try:
-                    outcomes = handle.wait(DEADLINES_S["wait"])
+                    outcomes = handle.wait(self.scale.load_s)
                 except TimeoutError:
                     outcomes = handle.outcomes()
             with self._lock:
                 self.saved.update(outcome.value for outcome in outcomes.values())
         if not source.randrange(8):
             with self.timed("flush"):
-                report = store.flush(DEADLINES_S["flush"])
+                report = store.flush(self.scale.lookup_s)
             self.queued_chunks_max = max(self.queued_chunks_max, report.chunks_left)
 
     def _load(self, store: KVStore, source: random.Random) -> None:
-        chain, text = numbered(source.randrange(_CHAINS))
+        chain, text = self.scale.numbered(source.randrange(self.scale.chains))
         with self.timed("lookup"):
             found = store.lookup(chain)
-        pages = Pages(CHAIN_CHUNKS)
+        pages = Pages(CHAIN_CHUNKS, self.scale.form)
         # Whatever the lookup says: what is not there is a miss.
         with self.timed("load"):
             result = store.load(chain, range(max(1, found.chunks)), pages).wait()
@@ -184,17 +207,17 @@ def storm(proxy: FaultProxy, probability: float, faults: tuple[Fault, ...] = kin
         proxy.inject(fault, probability=share / (1 - share * before))
 
 
-def recovery_s(writer: KVStore, reader: KVStore) -> float:
+def recovery_s(writer: KVStore, reader: KVStore, scale: Scale = SMALL) -> float:
     """How long it takes until a save reaches the backend and another store loads what it saved."""
     began_s = time.monotonic()
     for number in _fresh:
         assert time.monotonic() - began_s < PATIENCE_S, "no recovery"
-        chain, text = numbered(number)
+        chain, text = scale.numbered(number)
         handle = writer.save(
-            chain, range(CHAIN_CHUNKS), Pages(CHAIN_CHUNKS, FORM, text), until=Durability.REMOTE
+            chain, range(CHAIN_CHUNKS), Pages(CHAIN_CHUNKS, scale.form, text), until=Durability.REMOTE
         )
         if set(handle.wait(PATIENCE_S).values()) <= STORED:
-            pages = Pages(CHAIN_CHUNKS)
+            pages = Pages(CHAIN_CHUNKS, scale.form)
             if reader.load(chain, range(CHAIN_CHUNKS), pages).wait().chunks == CHAIN_CHUNKS:
                 pages.assert_holds(range(CHAIN_CHUNKS), text)
                 break

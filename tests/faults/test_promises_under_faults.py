@@ -18,13 +18,11 @@ from fault_proxy import Fault, FaultProxy
 from s3_planes import PLANES, open_plane
 from samples import FORM, PATIENCE_S, PREFIX, Pages, assert_no_slot_lost, chain_of, name_of
 from storm import (
-    DEADLINES_S,
     GRACE_S,
     MAX_CONNECTIONS,
+    SMALL,
     STORED,
     Engines,
-    brief,
-    open_engine_store,
     recovery_s,
     storm,
 )
@@ -63,7 +61,7 @@ def opened() -> Iterator[Callable[..., KVStore]]:
     stores: list[KVStore] = []
 
     def open_store(plane: str, options: S3Options, **settings: Any) -> KVStore:
-        stores.append(open_engine_store(plane, options, **settings))
+        stores.append(SMALL.open_store(plane, options, **settings))
         return stores[-1]
 
     yield open_store
@@ -226,7 +224,7 @@ def test_p8_a_server_that_stalls_holds_no_caller_past_its_deadline(plane, fault,
 def test_p8_a_storm_neither_blocks_nor_fills_nor_spoils_anything_and_then_all_is_well(
     plane, proxy, options, opened
 ):
-    stores = [opened(plane, brief(options)) for _ in range(2)]
+    stores = [opened(plane, SMALL.options(options)) for _ in range(2)]
     assert all(store.wait_connected(PATIENCE_S) for store in stores)
     descriptors, threads = open_descriptors(), threading.active_count()
     engines = Engines(stores, seed=8)
@@ -249,7 +247,7 @@ def test_p8_a_storm_neither_blocks_nor_fills_nor_spoils_anything_and_then_all_is
     for store in stores:
         assert store.flush(PATIENCE_S).chunks_left == 0
         assert_no_slot_lost(store)
-        bounded(store.close, DEADLINES_S["close"])
+        bounded(store.close, SMALL.load_s)
     proxy.wait_until(lambda: proxy.open_connections == 0)
     assert open_descriptors() <= descriptors
     assert threading.active_count() <= threads
@@ -259,17 +257,17 @@ def test_p8_a_storm_neither_blocks_nor_fills_nor_spoils_anything_and_then_all_is
 def test_p8_while_nobody_answers_there_are_misses_and_then_all_is_well(plane, proxy, options, opened):
     proxy.refuse()
     # One store begins with the outage, one meets it; both stay.
-    stores = [opened(plane, brief(options)) for _ in range(2)]
+    stores = [opened(plane, SMALL.options(options)) for _ in range(2)]
     assert not stores[0].wait_connected(PATIENCE_S)
     for number, store in enumerate(stores):
         chain = chain_of(CHUNKS, first_token=1000 * number)
-        assert bounded(partial(store.lookup, chain), DEADLINES_S["lookup"]).chunks == 0
-        assert bounded(partial(loaded, store, chain), DEADLINES_S["load"]) == 0
+        assert bounded(partial(store.lookup, chain), SMALL.lookup_s).chunks == 0
+        assert bounded(partial(loaded, store, chain), SMALL.load_s) == 0
         assert not saved(store, chain) & STORED
     proxy.listen()
     recovery_s(*stores)
     proxy.refuse()
-    assert bounded(lambda: loaded(stores[1], chain_of(1, first_token=5000)), DEADLINES_S["load"]) == 0
+    assert bounded(lambda: loaded(stores[1], chain_of(1, first_token=5000)), SMALL.load_s) == 0
     proxy.listen()
     recovery_s(*stores)
 
@@ -290,13 +288,13 @@ def test_p8_a_name_that_cannot_be_resolved_is_a_miss_until_it_can(plane, proxy, 
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.setenv(name, "*")
     url = proxy.url.replace("127.0.0.1", "localhost.test")
-    store, chain = opened(plane, replace(brief(options), endpoint_url=url)), chain_of(CHUNKS)
+    store, chain = opened(plane, replace(SMALL.options(options), endpoint_url=url)), chain_of(CHUNKS)
     assert not store.wait_connected(PATIENCE_S)
-    assert bounded(lambda: store.lookup(chain), DEADLINES_S["lookup"]).chunks == 0
-    assert bounded(lambda: loaded(store, chain), DEADLINES_S["load"]) == 0
+    assert bounded(lambda: store.lookup(chain), SMALL.lookup_s).chunks == 0
+    assert bounded(lambda: loaded(store, chain), SMALL.load_s) == 0
     assert proxy.requests.total() == 0
     resolvable.set()
-    recovery_s(store, opened(plane, brief(options)))
+    recovery_s(store, opened(plane, SMALL.options(options)))
     assert proxy.requests["PUT"] > 0
 
 
@@ -328,7 +326,7 @@ def test_p9_what_the_disk_has_is_served_while_the_backend_is_gone(
     assert saved(opened(plane, options, **settings), chain) <= STORED
     proxy.refuse()
     # Nothing of it is in this one's memory.
-    store = opened(plane, options, **settings | {"lookup_timeout_s": DEADLINES_S["lookup"]})
+    store = opened(plane, options, **settings | {"lookup_timeout_s": SMALL.lookup_s})
     store.wait_connected(PATIENCE_S)
     assert store.lookup(chain).chunks == CHUNKS
     assert loaded(store, chain) == CHUNKS
