@@ -1,6 +1,7 @@
 """Fixtures: real S3 servers, each started once.
 
-One that cannot start fails what needs it; nothing is skipped. A conftest that wants them imports them, and `clean_environment` with them.
+One that cannot start fails what needs it; nothing is skipped. A conftest that wants them
+imports them, and `clean_environment` with them.
 """
 
 import os

@@ -5,6 +5,7 @@ import os
 import random
 import resource
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from kvstore.layout import ChunkForm, DType, KVLayout
 STORM_S = float(os.environ.get("STORM_S") or 300)
 SEED = int(os.environ.get("STORM_SEED") or 8)
 WARM_UP_S = 5.0
+GUST_S = 7.0
 # Bodies on their way through the proxy; what leaks with every request comes to more.
 GROWTH_BYTES_MAX = 256 << 20
 
@@ -118,16 +120,20 @@ def weather(proxy: FaultProxy, engines: Engines, direct: S3Options) -> str:
     """
     source = random.Random(SEED)
     recoveries: dict[str, list[float]] = {}
+    ahead: list[Callable[[FaultProxy], None]] = []
     with engines.at_work():
         engines.watch(WARM_UP_S)
         at_first = highest = resident_bytes()
         until_s = time.monotonic() + STORM_S
         while (left_s := until_s - time.monotonic()) > 0:
-            kind = source.choice(WEATHER)
+            if not ahead:
+                ahead = source.sample(WEATHER, len(WEATHER))
+            kind = ahead.pop()
             empty_bucket(direct)
             kind(proxy)
+            gust_s = source.uniform(0.5, 1.5) * min(GUST_S, STORM_S / len(WEATHER))
             for _ in range(10):
-                engines.watch(min(left_s, source.uniform(2.0, 12.0)) / 10)
+                engines.watch(min(left_s, gust_s) / 10)
                 highest = max(highest, resident_bytes())
             proxy.heal()
             if kind is outage:
