@@ -50,6 +50,16 @@ def answer_of(target: str) -> Fault:
     return Fault("answer of another", strike)
 
 
+def flipped_answer(part: float) -> Fault:
+    """One bit of the body is wrong, after this part of it."""
+
+    async def strike(exchange: Exchange) -> None:
+        answer = await exchange.ask()
+        await exchange.reply(answer.with_body(_flipped(answer.body, part)) if answer.body else answer)
+
+    return Fault(f"flipped answer at {part:.0%}", strike)
+
+
 async def _stall(exchange: Exchange) -> None:
     await exchange.silence()
 
@@ -93,25 +103,22 @@ async def _shorten_answer(exchange: Exchange) -> None:
     await exchange.reply(answer.with_body(answer.body[: len(answer.body) // 2]))
 
 
-async def _flip_in_answer(exchange: Exchange) -> None:
-    answer = await exchange.ask()
-    await exchange.reply(answer.with_body(_flipped(answer.body)) if answer.body else answer)
-
-
 async def _shorten_request(exchange: Exchange) -> None:
     body = await exchange.body()
     await exchange.reply(await exchange.ask_with(body[: len(body) // 2]))
 
 
 async def _flip_in_request(exchange: Exchange) -> None:
-    await exchange.reply(await exchange.ask_with(_flipped(await exchange.body())))
+    await exchange.reply(await exchange.ask_with(_flipped(await exchange.body(), _LATE)))
 
 
-def _flipped(body: bytes) -> bytes:
-    """With one bit wrong, two thirds into it: in a section rather than in a header."""
-    at = 2 * len(body) // 3
+def _flipped(body: bytes, part: float) -> bytes:
+    at = int(len(body) * part)
     return body[:at] + bytes([body[at] ^ 1]) + body[at + 1 :] if body else body
 
+
+# Where a chunk has its last sections, and where its header.
+_LATE, _EARLY = 0.95, 0.01
 
 STALL = Fault("stall", _stall)
 STALL_IN_ANSWER = Fault("stall in answer", _stall_in_answer)
@@ -122,7 +129,8 @@ HALF_CLOSE = Fault("half close", _half_close)
 ANSWER_LOST_BY_RESET = Fault("answer lost by reset", _lose_answer_by_reset)
 ANSWER_LOST_BY_CLOSE = Fault("answer lost by close", _lose_answer_by_close)
 SHORT_ANSWER = Fault("short answer", _shorten_answer)
-FLIPPED_ANSWER = Fault("flipped answer", _flip_in_answer)
+FLIPPED_ANSWER = flipped_answer(_LATE)
+FLIPPED_HEADER = flipped_answer(_EARLY)
 SHORT_REQUEST = Fault("short request", _shorten_request)
 FLIPPED_REQUEST = Fault("flipped request", _flip_in_request)
 INTERNAL_ERROR = refusal("500 Internal Server Error", "InternalError")
@@ -144,6 +152,7 @@ STORM = (
     ANSWER_LOST_BY_CLOSE,
     SHORT_ANSWER,
     FLIPPED_ANSWER,
+    FLIPPED_HEADER,
     INTERNAL_ERROR,
     UNAVAILABLE,
     SLOW_DOWN,
