@@ -14,7 +14,7 @@ define CHECK_PYTHON
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-integration s3-up s3-down bench lint types clean
+.PHONY: help demo test test-integration torture s3-up s3-down bench lint types clean
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -35,6 +35,10 @@ test: $(STAMP) ## Run the test suite
 test-integration: $(STAMP) ## The suite on Ceph RGW, LocalStack and moto, which it installs
 	@$(BIN)/python -m localstack install moto rgw localstack nginx
 	@$(BIN)/python -m pytest tests/integration $(ARGS)
+
+torture: $(STAMP) ## Storms of faults on moto and Ceph RGW, STORM_S=300 seconds each; prints figures
+	@$(BIN)/python -m localstack install moto rgw
+	@STORM_S='$(STORM_S)' $(BIN)/python -m pytest tests/torture -s $(ARGS)
 
 s3-up: $(STAMP) ## An S3 on this machine: eval "$(make -s s3-up KIND=moto|rgw|localstack|filesystem)"
 	@test -n '$(KIND)' || { echo "usage: make s3-up KIND=moto|rgw|localstack|filesystem [TLS=1]" >&2; exit 2; }

@@ -8,8 +8,12 @@ from typing import Any
 import pytest
 from aws_credentials import use_test_credentials
 from certificates import Authority
+from fault_proxy import FaultProxy
+from moto_buckets import moto_bucket, moto_url
 from scripted_server import Script
 from socket_stage import PATIENCE_S, LaneKind, Stage, staged
+
+__all__ = ["moto_bucket", "moto_url"]
 
 Scene = Callable[[Stage], Coroutine[Any, Any, None]]
 PATIENT = {"read_timeout_s": 60.0, "connect_timeout_s": 60.0}
@@ -95,3 +99,10 @@ def play_tls(kind: LaneKind, theatre: Theatre) -> Callable[..., None]:
         theatre.play(kind, scene, *scripts, tls=True, patient=patient)
 
     return play
+
+
+@pytest.fixture
+def proxy(moto_url: str) -> Iterator[FaultProxy]:
+    """In front of moto."""
+    with FaultProxy(moto_url, seed=4) as proxy:
+        yield proxy

@@ -23,14 +23,16 @@ class Access:
         return f"{self.server}-{'tls' if self.tls else 'http'}-{self.style}-{self.plane}"
 
 
-def options_of(access: Access, store: Store, monkeypatch: pytest.MonkeyPatch) -> S3Options:
+def options_of(access: Access, store: Store, monkeypatch: pytest.MonkeyPatch, *, url: str = "") -> S3Options:
     """Options for it, and its credentials in the environment.
+
+    url  asked in place of the server's own
 
     TLS is trusted by the setting in path style, by AWS_CA_BUNDLE in virtual-hosted style.
     """
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", store.access_key)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", store.secret_key)
-    url = store.tls_url if access.tls else store.endpoint_urls[0]
+    url = url or (store.tls_url if access.tls else store.endpoint_urls[0])
     if access.style == "virtual":
         url = url.replace(urlsplit(url).hostname or "", store.virtual_domain)
         if access.tls:
