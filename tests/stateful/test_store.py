@@ -6,7 +6,6 @@ examples, other ones each time: STATEFUL_EXAMPLES=1000.
 """
 
 import contextlib
-import functools
 import os
 import shutil
 import tempfile
@@ -17,28 +16,25 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from node_process import DiedError, NodeProcess, Prompt, content
+from oracle import (
+    CHUNKS_MAX,
+    NAMES,
+    PROMPT_OF,
+    WHOLE_PROMPTS,
+    WRITERS,
+    do_damage,
+    key_of,
+    sealed,
+    writer_of,
+)
 from samples import CANARY, FORM, PATIENCE_S, PREFIX, name_of
 
-from kvstore.arena import Arena, whole_pages
-from kvstore.backlog import verified_header
-from kvstore.chunk_writer import ChunkWriter
-from kvstore.codecs.registry import decoder
-from kvstore.disk.journal_folder import PendingName
-from kvstore.errors import MissError
+from kvstore.arena import whole_pages
 from kvstore.failpoints import Failpoint
 from kvstore.handles import Durability, SaveOutcome
 from kvstore.keys import ChunkKey
 
 EXAMPLES = int(os.environ.get("STATEFUL_EXAMPLES", "0"))
-CHUNKS_MAX = 5
-WRITERS = "ABC"
-KEYS = {
-    key.hash: key
-    for tenant in ("", "other")
-    for branch in (0, 1)
-    for key in Prompt(tenant, branch, CHUNKS_MAX).chain.keys
-}
-NAMES = {name_of(key): key for key in KEYS.values()}
 NAMESPACE_DOCUMENT = f"{PREFIX}/v1/{Prompt('', 0, 1).chain.namespace.name}/namespace.json"
 UNTOUCHED = bytes([CANARY]) * FORM.section_bytes
 PRESENCE_TTL_S = 60.0
@@ -63,7 +59,7 @@ NODE_SETTINGS = st.fixed_dictionaries(
         "layer_by_layer": st.booleans(),
     }
 )
-DAMAGES = st.sampled_from(["flip", "cut", "extend", "empty", "swap", "delete"])
+DAMAGES = st.sampled_from(["flip", "flip", "flip", "cut", "extend", "empty", "swap", "delete"])
 PLACES = st.floats(0, 1, exclude_max=True)
 
 
@@ -75,6 +71,8 @@ class StoreMachine(RuleBasedStateMachine):
     journaled  acknowledged as safe on disk, and touched neither there nor in the bucket since
     spoiled    its object was damaged behind the store's back
     deleted_s  when its object was deleted so, by this machine's clock
+    versions   which file its object is; not of those that ever were damaged, as some process may
+               remember that, and replace the object
     """
 
     def __init__(self) -> None:
@@ -92,13 +90,17 @@ class StoreMachine(RuleBasedStateMachine):
         self.journaled: set[ChunkKey] = set()
         self.spoiled: set[ChunkKey] = set()
         self.deleted_s: dict[ChunkKey, float] = {}
+        self.versions: dict[ChunkKey, tuple[int, int]] = {}
+        self.seen_spoiled: set[ChunkKey] = set()
         self.quarantined: set[str] = set()
 
     # Processes. One that has ended is opened again when it is next asked for something.
 
-    @initialize(options=st.tuples(NODE_SETTINGS, NODE_SETTINGS))
-    def begin(self, options):
+    @initialize(options=st.tuples(NODE_SETTINGS, NODE_SETTINGS), prompts=st.lists(PROMPTS, max_size=3))
+    def begin(self, options, prompts):
         self.options = list(options)
+        for prompt in prompts:
+            self.save(0, prompt, 0, WRITERS[0], Durability.REMOTE)
 
     @rule(node=NODES, options=NODE_SETTINGS)
     def close(self, node, options):
@@ -151,8 +153,15 @@ class StoreMachine(RuleBasedStateMachine):
         for index, outcome in outcomes.items():
             self.note_outcome(keys[index], outcome)
 
-    # Without these, most examples would have little to lose.
-    save_more, save_still_more = save, save
+    # Hypothesis leaves out some rules in each example; without these, many would have little to lose.
+
+    @rule(node=NODES, prompt=PROMPTS, writer=st.sampled_from(WRITERS))
+    def save_until_journaled(self, node, prompt, writer):
+        self.save(node, prompt, 0, writer, Durability.JOURNALED)
+
+    @rule(node=NODES, prompt=PROMPTS, writer=st.sampled_from(WRITERS))
+    def save_until_remote(self, node, prompt, writer):
+        self.save(node, prompt, 0, writer, Durability.REMOTE)
 
     @rule(node=NODES, prompt=PROMPTS, cancel_at=st.sampled_from([None, None, 0, 2]))
     def load(self, node, prompt, cancel_at):
@@ -168,16 +177,21 @@ class StoreMachine(RuleBasedStateMachine):
                 return
         raise AssertionError(f"{due} chunks are in the bucket, {loaded.chunks} come")
 
-    @rule(node=NODES, prompt=PROMPTS, index=st.integers(0, CHUNKS_MAX - 1), writer=st.sampled_from(WRITERS))
-    def load_what_is_replaced_meanwhile(self, node, prompt, index, writer):
+    @rule(prompt=PROMPTS, index=st.integers(0, CHUNKS_MAX - 1), writer=st.sampled_from(WRITERS))
+    def load_what_is_replaced_meanwhile(self, prompt, index, writer):
+        """By a process that has nothing of its own yet, and reads layer by layer."""
         keys = prompt.chain.keys
         key = keys[min(index, len(keys) - 1)]
-        if key not in self.written:
+        if key not in self.remote:
             return
         self.written[key].add(writer)
-        loaded = self.ask(node, "load", prompt, (name_of(key), sealed(key, writer)), None)
-        if loaded is not None:
+        self.versions.pop(key, None)
+        reader = self.opened(with_disk=False, layer_by_layer=True, when_full="drop")
+        try:
+            loaded = reader.ask("load", prompt, (name_of(key), sealed(key, writer)), None)
             self.check_pages(keys, loaded)
+        finally:
+            reader.kill()
 
     @rule(node=NODES, prompt=PROMPTS, later=st.booleans())
     def lookup(self, node, prompt, later):
@@ -213,8 +227,8 @@ class StoreMachine(RuleBasedStateMachine):
     def lose_answers(self, node, times):
         self.ask(node, "lose_answers", times)
 
-    @rule(damage=DAMAGES, which=PLACES, at=PLACES)
-    def damage_object(self, damage, which, at):
+    @rule(node=NODES, damage=DAMAGES, which=PLACES, at=PLACES)
+    def damage_object(self, node, damage, which, at):
         present = [name for name in sorted(NAMES) if (self.bucket / name).exists()]
         if not present:
             return
@@ -222,16 +236,19 @@ class StoreMachine(RuleBasedStateMachine):
         other = present[int(at * len(present))]
         for touched in {name, other} if damage == "swap" else {name}:
             key = NAMES[touched]
+            self.versions.pop(key, None)
             self.remote.discard(key)
             self.journaled.discard(key)
             if damage == "delete":
                 self.deleted_s[key] = self.now_s
             else:
                 self.spoiled.add(key)
+                self.seen_spoiled.add(key)
         do_damage(damage, self.bucket / name, self.bucket / other, at)
+        self.load(node, PROMPT_OF[NAMES[name]], None)
 
-    @rule(damage=DAMAGES, which=PLACES, at=PLACES)
-    def damage_file(self, damage, which, at):
+    @rule(node=NODES, damage=DAMAGES, which=PLACES, at=PLACES)
+    def damage_file(self, node, damage, which, at):
         files = self.disk_files()
         if not files:
             return
@@ -241,6 +258,7 @@ class StoreMachine(RuleBasedStateMachine):
         # One that a node removes at this moment need not be damaged.
         with contextlib.suppress(FileNotFoundError):
             do_damage(damage, path, other, at)
+        self.load(node, PROMPT_OF[key_of(path)], None)
 
     @invariant()
     def time_heals(self):
@@ -258,6 +276,10 @@ class StoreMachine(RuleBasedStateMachine):
                 continue
             assert name in NAMES, "an object that nobody saved"
             key = NAMES[name]
+            found = path.stat()
+            version = found.st_ino, found.st_mtime_ns
+            if key not in self.seen_spoiled:
+                assert version == self.versions.setdefault(key, version), "an object that was replaced"
             if self.is_intact(key):
                 self.spoiled.discard(key)
             else:
@@ -293,11 +315,9 @@ class StoreMachine(RuleBasedStateMachine):
         assert not lost, f"journaled, and lost: {lost}"
         self.the_bucket_has_whole_objects_of_known_chunks_alone()
         self.what_is_remote_stays_there()
-        for tenant in ("", "other"):
-            for branch in (0, 1):
-                prompt = Prompt(tenant, branch, CHUNKS_MAX)
-                self.lookup(0, prompt, later=False)
-                self.load(0, prompt, None)
+        for prompt in WHOLE_PROMPTS:
+            self.lookup(0, prompt, later=False)
+            self.load(0, prompt, None)
         self.check_slots(0)
 
     # Helpers.
@@ -383,69 +403,9 @@ class StoreMachine(RuleBasedStateMachine):
         return next((index for index, key in enumerate(keys) if key not in among), len(keys))
 
 
-def key_of(path: Path) -> ChunkKey:
-    return KEYS[bytes.fromhex(path.name.partition(".")[0])]
-
-
-def do_damage(damage: str, path: Path, other: Path, at: float) -> None:
-    """In place, as a file on disk may have two names; so an object's version changes, too."""
-    data = path.read_bytes()
-    place = int(at * len(data))
-    if damage == "delete":
-        path.unlink()
-    elif damage == "swap":
-        theirs = other.read_bytes()
-        path.write_bytes(theirs)
-        other.write_bytes(data)
-    else:
-        damaged = {
-            "flip": data[:place] + bytes(byte ^ 0x10 for byte in data[place : place + 1]) + data[place + 1 :],
-            "cut": data[:place],
-            "extend": data + b"x",
-            "empty": b"",
-        }
-        path.write_bytes(damaged[damage])
-
-
-@functools.cache
-def writer_of(key: ChunkKey, data: bytes) -> str | None:
-    """Whose bytes a whole object has; None for a damaged one."""
-    view = memoryview(data)
-    try:
-        header = verified_header(PendingName.of(key, FORM.shard), view)
-    except MissError:
-        return None
-    layers = []
-    for section, extent in zip(header.sections, header.extents, strict=True):
-        stored = view[extent.start : extent.start + section.stored_bytes]
-        host = bytearray(FORM.section_bytes)
-        codec = header.codec_name(section)
-        if codec is None:
-            host[:] = stored
-        else:
-            decoder(codec).decode(stored, memoryview(host))
-        layers.append(bytes(host))
-    for writer in WRITERS:
-        if layers == [content(key, layer, writer) for layer in range(FORM.layers)]:
-            return writer
-    return "nobody"
-
-
-@functools.cache
-def sealed(key: ChunkKey, writer: str) -> bytes:
-    """The object as another engine of the fleet stores it."""
-    slot = Arena(FORM.raw_bytes, 1).try_acquire()
-    assert slot is not None
-    host = bytearray()
-    for layer in range(FORM.layers):
-        host += content(key, layer, writer) + FORM.padding
-    slot.memory[FORM.header_bytes : FORM.raw_bytes] = host
-    return b"".join(ChunkWriter(FORM, None, 1).seal(key, slot, slot))
-
-
 TestStore = StoreMachine.TestCase
 TestStore.settings = settings(
-    max_examples=EXAMPLES or 25,
+    max_examples=EXAMPLES or 20,
     stateful_step_count=40,
     derandomize=not EXAMPLES,
     database=None,
