@@ -238,10 +238,11 @@ class _Node:
         pages.assert_canaries()
         return loaded
 
-    def lookup(self, prompt: Prompt) -> int:
+    def lookup(self, prompt: Prompt) -> tuple[int, int]:
+        """How many leading chunks are there, and how many of them by what is on this machine."""
         looked = self._store.lookup(prompt.chain)
         assert sum(looked.by_tier.values()) == looked.chunks
-        return looked.chunks
+        return looked.chunks, looked.chunks - looked.by_tier["backend"]
 
     def flush(self, until: Durability, timeout_s: float) -> FlushReport:
         return self._store.flush(timeout_s, until=until)

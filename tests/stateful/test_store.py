@@ -15,9 +15,10 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from node_process import DiedError, NodeProcess, Prompt, content
+from node_process import SHARED_CHUNKS, DiedError, NodeProcess, Prompt, content
 from oracle import (
     CHUNKS_MAX,
+    KEYS,
     NAMES,
     PROMPT_OF,
     WHOLE_PROMPTS,
@@ -69,6 +70,7 @@ class StoreMachine(RuleBasedStateMachine):
     written    which writers' bytes it may have: of saves that were begun, whatever became of them
     remote     acknowledged as in the bucket, and not touched there behind the store's back since
     journaled  acknowledged as safe on disk, and touched neither there nor in the bucket since
+               journaled_by: by the process that runs now
     spoiled    its object was damaged behind the store's back
     deleted_s  when its object was deleted so, by this machine's clock
     versions   which file its object is; not of those that ever were damaged, as some process may
@@ -88,7 +90,9 @@ class StoreMachine(RuleBasedStateMachine):
         self.written: dict[ChunkKey, set[str]] = {}
         self.remote: set[ChunkKey] = set()
         self.journaled: set[ChunkKey] = set()
+        self.journaled_by: list[set[ChunkKey]] = [set(), set()]
         self.spoiled: set[ChunkKey] = set()
+        self.damaged_pending: set[str] = set()
         self.deleted_s: dict[ChunkKey, float] = {}
         self.versions: dict[ChunkKey, tuple[int, int]] = {}
         self.seen_spoiled: set[ChunkKey] = set()
@@ -151,7 +155,7 @@ class StoreMachine(RuleBasedStateMachine):
                 del self.written[key]
         assert list(outcomes) == list(range(start, len(keys)))
         for index, outcome in outcomes.items():
-            self.note_outcome(keys[index], outcome)
+            self.note_outcome(node, keys[index], outcome)
 
     # Hypothesis leaves out some rules in each example; without these, many would have little to lose.
 
@@ -193,23 +197,38 @@ class StoreMachine(RuleBasedStateMachine):
         finally:
             reader.kill()
 
-    @rule(node=NODES, prompt=PROMPTS, later=st.booleans())
-    def lookup(self, node, prompt, later):
+    @rule(node=NODES, prompt=PROMPTS)
+    def lookup(self, node, prompt):
+        answer = self.ask(node, "lookup", prompt)
+        if answer is not None:
+            assert answer[0] <= self.leading(prompt.chain.keys, self.written), "more than was ever saved"
+
+    @rule(node=NODES, prompt=PROMPTS)
+    def lookup_when_nothing_is_known_any_more(self, node, prompt):
         keys = prompt.chain.keys
-        if later:
+        for _ in range(2):
             self.pass_time()
-        found = self.ask(node, "lookup", prompt)
-        if found is None:
-            return
-        assert found <= self.leading(keys, self.written), "more than was ever saved"
-        if later and not self.failing:
+            answer = self.ask(node, "lookup", prompt)
+            if answer is None or self.failing:
+                return
+            found, local = answer
             assert found >= self.leading(keys, self.remote), "less than is in the bucket"
+            missing = [key for key in keys[local:found] if not (self.bucket / name_of(key)).exists()]
+            if not missing:
+                return
+            # Seen while it was uploaded, a chunk stands for those before it. Not twice.
+            self.flush(node, Durability.REMOTE)
+        raise AssertionError(f"long gone, and still there: {missing}")
 
     @rule(node=NODES, until=st.sampled_from([Durability.JOURNALED, Durability.REMOTE]))
     def flush(self, node, until):
         report = self.ask(node, "flush", until, 0.02 if self.failing else PATIENCE_S)
-        if report is not None and not self.failing:
-            assert report.chunks_left == 0
+        if report is None:
+            return
+        assert self.failing or report.chunks_left == 0
+        if until is Durability.REMOTE and report.chunks_left == 0:
+            lost = [key for key in self.journaled & self.journaled_by[node] if not self.is_intact(key)]
+            assert not lost, f"nothing is left, but not in the bucket: {lost}"
 
     @rule()
     def pass_time(self):
@@ -266,6 +285,23 @@ class StoreMachine(RuleBasedStateMachine):
         if self.failing_steps == 0:
             self.tell_all("recover")
 
+    @rule(prompt=PROMPTS, damage=DAMAGES, which=PLACES, at=PLACES, options=NODE_SETTINGS)
+    def crash_and_damage_what_is_pending(self, prompt, damage, which, at, options):
+        """While nobody could upload it before."""
+        self.fail_for_a_while(2)
+        self.save(0, prompt, 0, WRITERS[0], Durability.JOURNALED)
+        for node in range(2):
+            self.kill(node, options)
+        files = [path for path in self.disk_files() if self.disk / "pending" in path.parents]
+        if not files or damage == "swap":
+            return
+        path = files[int(which * len(files))]
+        self.journaled.discard(key_of(path))
+        if path.name not in self.damaged_pending:
+            do_damage(damage, path, path, at)
+            if damage != "delete":
+                self.damaged_pending.add(path.name)
+
     # What must be true at any time.
 
     @invariant()
@@ -308,15 +344,17 @@ class StoreMachine(RuleBasedStateMachine):
 
     def check_what_a_fresh_process_finds(self):
         self.failing_steps = 0
-        assert self.ask(0, "flush", Durability.REMOTE, PATIENCE_S).chunks_left == 0
+        self.flush(0, Durability.REMOTE)
         pending = self.disk / "pending"
         assert not [path for path in self.disk_files() if pending in path.parents]
+        for name in self.damaged_pending:
+            assert any(name in found.name for found in (self.disk / "quarantine").iterdir())
         lost = [key for key in self.journaled if not self.is_intact(key)]
         assert not lost, f"journaled, and lost: {lost}"
         self.the_bucket_has_whole_objects_of_known_chunks_alone()
         self.what_is_remote_stays_there()
         for prompt in WHOLE_PROMPTS:
-            self.lookup(0, prompt, later=False)
+            self.lookup(0, prompt)
             self.load(0, prompt, None)
         self.check_slots(0)
 
@@ -345,6 +383,7 @@ class StoreMachine(RuleBasedStateMachine):
         """The node's answer; None when it died before."""
         try:
             if self.nodes[node] is None:
+                self.journaled_by[node].clear()
                 self.nodes[node] = self.opened(**self.options[node])
             return self.nodes[node].ask(command, *arguments)
         except DiedError:
@@ -356,10 +395,11 @@ class StoreMachine(RuleBasedStateMachine):
             if self.nodes[node] is not None:
                 self.ask(node, command, *arguments)
 
-    def note_outcome(self, key, outcome):
+    def note_outcome(self, node, key, outcome):
         # An object that is there is taken for whole, until somebody has loaded it.
         if outcome is SaveOutcome.JOURNALED and key not in self.spoiled:
             self.journaled.add(key)
+            self.journaled_by[node].add(key)
         if outcome not in IN_BUCKET:
             return
         if self.is_intact(key):
@@ -401,6 +441,10 @@ class StoreMachine(RuleBasedStateMachine):
     @staticmethod
     def leading(keys, among):
         return next((index for index, key in enumerate(keys) if key not in among), len(keys))
+
+
+def test_the_prompts_here_share_what_they_should():
+    assert len(KEYS) == 2 * (SHARED_CHUNKS + 2 * (CHUNKS_MAX - SHARED_CHUNKS))
 
 
 TestStore = StoreMachine.TestCase
