@@ -64,8 +64,7 @@ class Namespace:
 
     def document(self) -> bytes:
         """Canonical JSON of `describe`: what the digest is taken of and namespace.json holds."""
-        text = json.dumps(self.describe(), sort_keys=True, indent=1, ensure_ascii=False)
-        return text.encode() + b"\n"
+        return self._document
 
     @classmethod
     def from_document(cls, document: bytes) -> Namespace | None:
@@ -79,6 +78,12 @@ class Namespace:
             # The bytes are anybody's; there are many ways not to be a namespace.
             return None
         return found if found.document() == document else None
+
+    @cached_property
+    def _document(self) -> bytes:
+        # Every upload asks for it.
+        text = json.dumps(self.describe(), sort_keys=True, indent=1, ensure_ascii=False)
+        return text.encode() + b"\n"
 
     @cached_property
     def digest(self) -> bytes:
