@@ -326,9 +326,12 @@ def test_p8_a_server_that_asks_for_fewer_requests_costs_retries_and_no_chunk(pla
 def test_p9_what_the_disk_has_is_served_while_the_backend_is_gone(
     plane, proxy, options, opened, tmp_path: Path
 ):
-    settings = PATIENT | {"disk_dir": str(tmp_path), "disk_bytes": 1 << 24}
+    # One upload at a time: the disk takes no chunk before those that it follows.
+    settings = PATIENT | {"disk_dir": str(tmp_path), "disk_bytes": 1 << 24, "upload_concurrency": 1}
     chain = chain_of(CHUNKS)
-    assert saved(opened(plane, options, **settings), chain) <= STORED
+    writer = opened(plane, options, **settings)
+    assert saved(writer, chain) <= STORED
+    writer.close()
     proxy.refuse()
     # Nothing of it is in this one's memory.
     store = opened(plane, options, **settings | {"lookup_timeout_s": SMALL.lookup_s})
