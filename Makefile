@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BENCH_VENV := .cache/bench
 BENCH_STAMP := $(BENCH_VENV)/.installed
-BENCH_ALONE := read_path
+BENCH_ALONE := read_path write_path
 
 define CHECK_PYTHON
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

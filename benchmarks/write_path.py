@@ -11,9 +11,12 @@ kvstore  one KVStore.save of all chunks until REMOTE: gathers each chunk from pa
          absent. Raw codec, no disk, KVSTORE_UPLOAD_CONCURRENCY as the others
 put      the same S3 plane without all that: Backend.put of bytes that lie ready
 raw      a plain socket and sendall: the ceiling in Python
+gather, checksum
+         the memcpy of every section and the checksum of every section alone, one after the other.
+         With `raw` they are the floor: what no way of saving with a checksum can do without
 
 JSON: machine; `sizes`: a list of {object_bytes, gbps, gbps_vs_raw, cpu_vs_raw,
-cpu_vs_aiobotocore, put_gbps_vs_raw, put_cpu_vs_raw, clients}. gbps is a median over the rounds;
+cpu_vs_aiobotocore, cpu_vs_floor, put_gbps_vs_raw, put_cpu_vs_raw, clients}. gbps is a median over the rounds;
 what is `_vs_` another client is a median of the rounds' ratios, ours over theirs. The `put_` ones
 are of `put`, the others of `kvstore`. `clients` has GB/s and CPU seconds per GB of each.
 
@@ -36,9 +39,10 @@ import os
 import socket
 import statistics
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -48,6 +52,7 @@ from benchmarks.writers import IN_FLIGHT, WRITERS, Item, Writer
 from kvstore import DType, Durability, KVLayout, KVStore, Namespace, load_settings
 from kvstore.backends.s3_socket import S3SocketBackend
 from kvstore.backends.stream import Stream
+from kvstore.chunk import checksum
 from kvstore.layout import ChunkForm
 from localstack.memory_s3 import memory_s3
 
@@ -57,6 +62,7 @@ DEADLINE_S = 120.0
 CONNECT_S = 3.0
 CALLS = 2000
 PROMPT_CHUNKS = 50
+FLOOR = ("raw", "gather", "checksum")
 
 
 def layout_of(layers: int, chunk_tokens: int = 256) -> KVLayout:
@@ -96,8 +102,6 @@ class MemcpyPages:
 class Saves:
     """KVStore.save of `chunks` chunks, until REMOTE. A round's chunks are gone from memory in the next."""
 
-    name = "kvstore"
-
     def __init__(self, server: Server, layout: KVLayout, chunks: int) -> None:
         self.form = ChunkForm(layout, layout.whole)
         self.pages = MemcpyPages(self.form, chunks)
@@ -128,40 +132,66 @@ class Saves:
         self._store.close()
 
 
+class Floor:
+    """What saving does besides putting, without any of what leads there."""
+
+    def __init__(self, saves: Saves, objects: Sequence[bytes]) -> None:
+        self._saves = saves
+        self._objects = objects
+        form = saves.form
+        memory = memoryview(bytearray(b"\1") * (len(objects) * form.section_bytes * form.layers))
+        self._sections = [
+            [
+                memory[(i * form.layers + layer) * form.section_bytes :][: form.section_bytes]
+                for layer in range(form.layers)
+            ]
+            for i in range(len(objects))
+        ]
+
+    def gather(self) -> None:
+        for index, sections in enumerate(self._sections):
+            self._saves.pages.gather(index, sections)
+
+    def checksum(self) -> None:
+        form = self._saves.form
+        for data in self._objects:
+            view = memoryview(data)
+            for layer in range(form.layers):
+                checksum(view[form.header_bytes + layer * form.stride :][: form.stride])
+
+
 @dataclass
 class Case:
     """One size: what is put in a round, and how long it took each client."""
 
-    layers: int
-    objects: list[bytes]
-    saves: Saves
+    objects: Sequence[bytes]
     timings: dict[str, list[Timing]] = field(default_factory=dict)
 
     @property
     def object_bytes(self) -> int:
         return len(self.objects[0])
 
+    def run(self, name: str, work: Callable[[], None]) -> None:
+        with timed() as timing:
+            work()
+        self.timings.setdefault(name, []).append(timing())
+
     def run_writer(self, writer: Writer, round_: int) -> None:
         items = [Item(f"{writer.name}/{round_}/{i}", data) for i, data in enumerate(self.objects)]
-        with timed() as timing:
-            writer.write(items)
-        self.timings.setdefault(writer.name, []).append(timing())
-
-    def run_saves(self, round_: int) -> None:
-        with timed() as timing:
-            self.saves.save(round_)
-        self.timings.setdefault(self.saves.name, []).append(timing())
+        self.run(writer.name, lambda: writer.write(items))
 
     def row(self) -> dict[str, Any]:
         total_gb = len(self.objects) * self.object_bytes / 1e9
         gbps = {name: [total_gb / each.wall_s for each in times] for name, times in self.timings.items()}
         cpu = {name: [each.cpu_s / total_gb for each in times] for name, times in self.timings.items()}
+        floor = [sum(parts) for parts in zip(*(cpu[name] for name in FLOOR), strict=True)]
         return {
             "object_bytes": self.object_bytes,
             "gbps": round(statistics.median(gbps["kvstore"]), 3),
             "gbps_vs_raw": _ratio(gbps, "kvstore", "raw"),
             "cpu_vs_raw": _ratio(cpu, "kvstore", "raw"),
             "cpu_vs_aiobotocore": _ratio(cpu, "kvstore", "aiobotocore"),
+            "cpu_vs_floor": _ratio({**cpu, "floor": floor}, "kvstore", "floor"),
             "put_gbps_vs_raw": _ratio(gbps, "put", "raw"),
             "put_cpu_vs_raw": _ratio(cpu, "put", "raw"),
             "clients": {
@@ -180,6 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--mib", type=int, default=256, help="MiB that a client puts in a round")
     parser.add_argument("--calls", type=int, default=CALLS, help="saves to an endpoint that is dead")
     parser.add_argument("--quick", action="store_true", help="one round of 32 MiB at 4 MiB, few calls")
+    parser.add_argument("--without", nargs="*", default=[], choices=["obstore", "boto3"])
     options = parser.parse_args(arguments)
     rounds, mib, calls, sizes = options.rounds, options.mib, options.calls, SIZES_MIB
     if options.quick:
@@ -187,7 +218,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _use_test_credentials()
     with ExitStack() as stack:
         server = Server(stack.enter_context(memory_s3()), sizes[-1] * MIB)
-        rows = [_measure(server, size, max(IN_FLIGHT, mib // size), rounds) for size in sizes]
+        makes = [make for make in WRITERS if make.name not in options.without]
+        rows = [_measure(server, makes, size, max(IN_FLIGHT, mib // size), rounds) for size in sizes]
         copies = _copies_per_byte(server)
     _print_table(rows)
     say(f"copies per byte: {copies:.4f}")
@@ -206,14 +238,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
 
 
-def _measure(server: Server, size_mib: int, count: int, rounds: int) -> dict[str, Any]:
+def _measure(
+    server: Server, makes: Sequence[Callable[[Server], Writer]], size_mib: int, count: int, rounds: int
+) -> dict[str, Any]:
     """All clients at one size; only one size is in memory at a time."""
     with ExitStack() as stack:
         saves = stack.enter_context(closing(Saves(server, layout_of(size_mib), count)))
-        writers = [stack.enter_context(closing(make(server))) for make in WRITERS]
-        case = Case(size_mib, [os.urandom(saves.form.raw_bytes) for _ in range(count)], saves)
-        turns = [lambda round_, writer=writer: case.run_writer(writer, round_) for writer in writers]
-        turns.append(case.run_saves)
+        writers = [stack.enter_context(closing(make(server))) for make in makes]
+        objects = [os.urandom(saves.form.raw_bytes) for _ in range(count)]
+        case, floor = Case(objects), Floor(saves, objects)
+        turns: list[Callable[[int], None]] = [partial(case.run_writer, writer) for writer in writers]
+        turns += [
+            lambda round_: case.run("kvstore", lambda: saves.save(round_)),
+            lambda _: case.run("gather", floor.gather),
+            lambda _: case.run("checksum", floor.checksum),
+        ]
         for round_ in range(rounds + 1):
             say(f"{size_mib} MiB: " + (f"round {round_} of {rounds}" if round_ else "warming up"))
             for place in range(len(turns)):

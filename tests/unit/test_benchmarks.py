@@ -23,6 +23,7 @@ SMALL = {
     "layerwise": ["--tokens", "512", "--rounds=1", "--memory-mib=128"],
     "memory": ["--load-mib=640", "--memory-mib=128"],
     "disk_tier": ["--chunks=1", "--rounds=1", "--entries=5000"],
+    "write_path": ["--quick", "--without", "obstore"],
 }
 FIELDS = {
     "roundtrip": {"machine", "chunks", "chunk_bytes", "cases"},
@@ -46,6 +47,7 @@ FIELDS = {
         "add_us",
         "evict_us",
     },
+    "write_path": {"machine", "sizes", "copies_per_byte", "save_call_p99_s", "save_call_full_p99_s"},
 }
 CASES = {
     "roundtrip": {"backend", "codec", "save_gbps", "load_gbps", "save_cpu_s_per_gb", "load_cpu_s_per_gb"},
@@ -58,6 +60,17 @@ CASES = {
         "vs_load_then_compute",
     },
     "disk_tier": {"case", "direction", "gbps", "cpu_s_per_gb", "gbps_vs_raw", "cpu_vs_raw", "cached_share"},
+    "write_path": {
+        "object_bytes",
+        "gbps",
+        "gbps_vs_raw",
+        "cpu_vs_raw",
+        "cpu_vs_aiobotocore",
+        "cpu_vs_floor",
+        "put_gbps_vs_raw",
+        "put_cpu_vs_raw",
+        "clients",
+    },
 }
 
 
@@ -89,8 +102,11 @@ DOCUMENTED = {
 def test_a_benchmark_ends_in_one_json_object_with_its_fields(name):
     result = run(name)
     assert result.keys() >= FIELDS[name]
-    for case in result.get("cases", []):
+    for case in result.get("cases", result.get("sizes", [])):
         assert case.keys() >= CASES.get(name, set())
+    if name == "write_path":
+        # The gather, and the header that is made beside it.
+        assert 1.0 <= result["copies_per_byte"] < 1.01
     if name == "memory":
         assert result["peak_rss_bytes"] < result["loaded_bytes"] == 640 << 20
 
