@@ -62,20 +62,15 @@ class Uploader:
                 self._described.add(namespace_name)
                 reach(Failpoint.DESCRIBED)
 
-    async def put(
-        self, key: ChunkKey, shard: Shard, parts: Sequence[Buffer], *, sent_before: bool
-    ) -> SaveOutcome:
-        """Store a chunk's object: STORED, or PRESENT when another writer was first.
+    async def put(self, key: ChunkKey, shard: Shard, parts: Sequence[Buffer]) -> SaveOutcome:
+        """Store a chunk's object, whose header `parts` begin with, whole.
 
-        parts        begin with the header, whole
-        sent_before  whether an earlier upload of these bytes may have been stored, its answer lost
+        STORED, also where an earlier answer was lost, by this request or by a process that died; or
+        PRESENT, when another writer was first.
         """
         name = object_name(self._prefix, key, shard)
-        attempts = 0
 
         async def put() -> PutResult:
-            nonlocal attempts
-            attempts += 1
             reach(Failpoint.BEFORE_PUT)
             # An object seen to be damaged is the one thing that is ever replaced.
             if_absent = not self._presence.is_damaged(key)
@@ -85,11 +80,8 @@ class Uploader:
 
         result = await self._made(put)
         self._presence.note_stored(key)
-        if result.status is PutStatus.CREATED:
-            return SaveOutcome.STORED
-        if (attempts > 1 or sent_before) and await self._is_ours(name, parts[0]):
-            return SaveOutcome.STORED
-        return SaveOutcome.PRESENT
+        ours = result.status is PutStatus.CREATED or await self._is_ours(name, parts[0])
+        return SaveOutcome.STORED if ours else SaveOutcome.PRESENT
 
     async def _is_ours(self, name: str, start: Buffer) -> bool:
         """Whether the object there is the one that was sent, by the checksum over its header,
