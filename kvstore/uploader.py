@@ -54,6 +54,8 @@ class Uploader:
 
     async def describe(self, namespace_name: str, document: bytes) -> None:
         """Say in the bucket what the namespace is, once per store."""
+        if namespace_name in self._described:
+            return
         async with self._describing:
             if namespace_name not in self._described:
                 name = namespace_document_name(self._prefix, namespace_name)
