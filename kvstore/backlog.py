@@ -172,7 +172,8 @@ class Backlog:
             # Another process has uploaded it.
             self._end(name, SaveOutcome.PRESENT)
         elif taken is Untaken.BUSY:
-            self._wait_for_another(name)
+            # Another process uploads it now, or looks whether a dead one left it half written.
+            self._put_off(name, failed=False)
         else:
             try:
                 await self._upload(taken)
@@ -215,13 +216,6 @@ class Backlog:
         )
         await self._journal.set_aside(taken)
         self._end(taken.name, SaveOutcome.FAILED)
-
-    def _wait_for_another(self, name: PendingName) -> None:
-        """Another process uploads it now; if it dies, a later look finds it."""
-        if self._known.get(name) is None:
-            self._known.pop(name, None)
-        else:
-            self._put_off(name, failed=False)
 
     def _put_off(self, name: PendingName, *, failed: bool) -> None:
         if failed:
