@@ -266,7 +266,19 @@ class JournalFolder:
         self._write_document(folder / _NAMESPACE_DOCUMENT, namespace_document, caller)
         for parent in (folder, self._own, self._pending, self._folder.root):
             sync_folder(parent)
+        self._sync_above()
         self._prepared.add(namespace_name)
+
+    def _sync_above(self) -> None:
+        """Have the root itself survive, and what is above it up to where its disk is mounted."""
+        root = self._folder.root
+        device = root.stat().st_dev
+        for parent in root.parents:
+            if parent.stat().st_dev != device:
+                return
+            # One that may not be read was there before: none that a store makes is like that.
+            with contextlib.suppress(PermissionError):
+                sync_folder(parent)
 
     def _write_document(self, path: Path, document: bytes, caller: Caller) -> None:
         if path.exists():
