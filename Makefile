@@ -36,9 +36,9 @@ test-integration: $(STAMP) ## The suite on Ceph RGW, LocalStack and moto, which 
 	@$(BIN)/python -m localstack install moto rgw localstack nginx
 	@$(BIN)/python -m pytest tests/integration $(ARGS)
 
-torture: $(STAMP) ## Storms of faults on moto and Ceph RGW, STORM_S=300 seconds each; prints figures
+torture: $(STAMP) ## Storms of faults, STORM_S=300 seconds on each server, and KILLS=500 processes killed; prints figures
 	@$(BIN)/python -m localstack install moto rgw
-	@STORM_S='$(STORM_S)' $(BIN)/python -m pytest tests/torture -s $(ARGS)
+	@STORM_S='$(STORM_S)' KILLS='$(KILLS)' $(BIN)/python -m pytest tests/torture -s $(ARGS)
 
 s3-up: $(STAMP) ## An S3 on this machine: eval "$(make -s s3-up KIND=moto|rgw|localstack|filesystem)"
 	@test -n '$(KIND)' || { echo "usage: make s3-up KIND=moto|rgw|localstack|filesystem [TLS=1]" >&2; exit 2; }
