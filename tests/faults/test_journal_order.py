@@ -10,7 +10,7 @@ import errno
 import os
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -130,17 +130,22 @@ def pending(folder: Path) -> list[Path]:
     return [path for path in folder.glob("pending/*/*/*") if path.suffix != ".json"]
 
 
+def survivors_once_journaled(handle: SaveHandle, folder: Path, disk: PowerCut) -> list[bool]:
+    """Of each pending chunk, whether it would be left, in the moment in which one is said to be journaled."""
+    survivors: Future[list[bool]] = Future()
+    # Called by whoever says so, at once.
+    handle._chunks[0].kept.add_done_callback(
+        lambda _: survivors.set_result([disk.survives(path) for path in pending(folder)])
+    )
+    assert handle.wait(PATIENCE_S) == {0: SaveOutcome.JOURNALED}
+    return survivors.result(PATIENCE_S)
+
+
 def test_journaled_is_said_only_of_what_would_survive_a_power_cut(
     folder: Path, disk: PowerCut, store: KVStore
 ):
     handle = save(store)
-    survived: list[bool] = []
-    # Called by whoever says that it is journaled, at once.
-    handle._chunks[0].kept.add_done_callback(
-        lambda _: survived.extend(disk.survives(path) for path in pending(folder))
-    )
-    assert handle.wait(PATIENCE_S) == {0: SaveOutcome.JOURNALED}
-    assert survived == [True]
+    assert survivors_once_journaled(handle, folder, disk) == [True]
 
 
 def test_journaled_waits_for_each_fsync(folder: Path, disk: PowerCut, store: KVStore):
@@ -198,9 +203,6 @@ def test_a_chunk_of_which_any_fsync_failed_is_not_said_to_be_journaled(
     other = store.save(
         chain_of(1, first_token=900), range(1), Pages(1, FORM, "b"), until=Durability.JOURNALED
     )
-    survived: list[bool] = []
-    other._chunks[0].kept.add_done_callback(
-        lambda _: survived.extend(disk.survives(path) for path in pending(folder))
-    )
-    assert other.wait(PATIENCE_S) == {0: SaveOutcome.JOURNALED}
-    assert all(survived)
+    survivors = survivors_once_journaled(other, folder, disk)
+    assert survivors
+    assert all(survivors)
