@@ -60,7 +60,9 @@ NODE_SETTINGS = st.fixed_dictionaries(
         "layer_by_layer": st.booleans(),
     }
 )
-DAMAGES = st.sampled_from(["flip", "flip", "flip", "cut", "extend", "empty", "swap", "delete"])
+DAMAGES = st.sampled_from(
+    ["flip", "flip", "flip", "cut", "extend", "empty", "swap", "swap", "delete", "delete"]
+)
 PLACES = st.floats(0, 1, exclude_max=True)
 
 
@@ -184,19 +186,13 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(prompt=PROMPTS, index=st.integers(0, CHUNKS_MAX - 1), writer=st.sampled_from(WRITERS))
     def load_what_is_replaced_meanwhile(self, prompt, index, writer):
-        """By a process that has nothing of its own yet, and reads layer by layer."""
         keys = prompt.chain.keys
         key = keys[min(index, len(keys) - 1)]
         if key not in self.remote:
             return
         self.written[key].add(writer)
         self.versions.pop(key, None)
-        reader = self.opened(with_disk=False, layer_by_layer=True, when_full="drop")
-        try:
-            loaded = reader.ask("load", prompt, (name_of(key), sealed(key, writer)), None)
-            self.check_pages(keys, loaded)
-        finally:
-            reader.kill()
+        self.load_afresh(prompt, with_disk=False, replace=(name_of(key), sealed(key, writer)))
 
     @rule(node=NODES, prompt=PROMPTS)
     def lookup(self, node, prompt):
@@ -272,7 +268,10 @@ class StoreMachine(RuleBasedStateMachine):
                 self.spoiled.add(key)
                 self.seen_spoiled.add(key)
         do_damage(damage, self.bucket / name, self.bucket / other, at)
-        self.load(node, PROMPT_OF[NAMES[name]], None)
+        prompt = PROMPT_OF[NAMES[name]]
+        self.load_afresh(prompt, with_disk=False)
+        self.load(node, prompt, None)
+        self.lookup_when_nothing_is_known_any_more(node, prompt)
 
     @rule(node=NODES, damage=DAMAGES, which=PLACES, at=PLACES)
     def damage_file(self, node, damage, which, at):
@@ -287,6 +286,7 @@ class StoreMachine(RuleBasedStateMachine):
         # One that a node removes at this moment need not be damaged.
         with contextlib.suppress(FileNotFoundError):
             do_damage(damage, path, other, at)
+        self.load_afresh(PROMPT_OF[key_of(path)], with_disk=True)
         self.load(node, PROMPT_OF[key_of(path)], None)
 
     @invariant()
@@ -387,6 +387,14 @@ class StoreMachine(RuleBasedStateMachine):
             **options,
         )
 
+    def load_afresh(self, prompt, *, with_disk, replace=None):
+        """By a process that has nothing in memory, and reads layer by layer."""
+        reader = self.opened(with_disk=with_disk, layer_by_layer=True, when_full="drop")
+        try:
+            self.check_pages(prompt.chain.keys, reader.ask("load", prompt, replace, None))
+        finally:
+            reader.kill()
+
     @property
     def failing(self):
         return self.failing_steps > 0
@@ -463,7 +471,7 @@ def test_the_prompts_here_share_what_they_should():
 
 TestStore = StoreMachine.TestCase
 TestStore.settings = settings(
-    max_examples=EXAMPLES or 16,
+    max_examples=EXAMPLES or 24,
     stateful_step_count=40,
     derandomize=not EXAMPLES,
     database=None,
