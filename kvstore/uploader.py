@@ -93,7 +93,7 @@ class Uploader:
         sent = memoryview(start)[:PREAMBLE_BYTES]
         found = memoryview(bytearray(PREAMBLE_BYTES))
         try:
-            result = await self._made(partial(self._backend.read_into, name, 0, found))
+            result = await self._retries(partial(self._backend.read_into, name, 0, found), self._on_retry)
         except KVStoreError:
             return False
         return result is not ABSENT and found == sent

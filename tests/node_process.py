@@ -17,7 +17,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import tenacity
 from samples import (
     FORM,
     LAYER_BY_LAYER,
@@ -171,8 +170,8 @@ class _Node:
         self, bucket: Path, settings: dict[str, Any], *, layer_by_layer: bool, failing: bool
     ) -> None:
         # Failures are frequent here, and nothing gets better by waiting.
-        kvstore.retries._FIRST_PAUSE_S = 0.0
-        kvstore.retries._again.retry.wait = tenacity.wait_none()
+        kvstore.retries.PAUSES_S = kvstore.retries.THROTTLED_PAUSES_S = (0.001, 0.001)
+        kvstore.retries._PATIENT_PAUSE_S_MAX = 0.02
         kvstore.assembly.BacklogLimits = functools.partial(
             BacklogLimits, look_s=0.2, pause_min_s=0.005, pause_max_s=0.02
         )

@@ -66,6 +66,10 @@ class NewFile:
             os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)
         os.link(self._path, path, follow_symlinks=False)
 
+    def replace(self, path: Path) -> None:
+        """Give the file the name of another one, after `link` has failed for that."""
+        self._path.rename(path)
+
     def close(self) -> None:
         """Remove what was not published, as soon as nobody writes any more. Doing it again does nothing."""
         with self._lock:

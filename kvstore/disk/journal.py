@@ -63,7 +63,7 @@ class Journal:
         """Have a chunk survive a crash and a power cut; `parts`, its object, must not change meanwhile.
 
         A Pending is for the caller to upload, to `remove` then, and in any case to `close`. BUSY: it
-        was pending already, somebody else's. None: it is not safe; that was counted.
+        was pending already, in another process's care. None: it is not safe; that was counted.
         """
         views = byte_views(parts)
         cost_bytes = likely_cost_bytes(sum(len(view) for view in views))

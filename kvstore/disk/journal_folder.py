@@ -140,7 +140,7 @@ class JournalFolder:
         parts: Sequence[memoryview],
         caller: Caller,
     ) -> Pending | None:
-        """Write a chunk so that it survives a power cut. None: it is pending already, as durable."""
+        """Write a chunk so that it survives a power cut. None: it is in a living process's care already."""
         file = self._folder.create(lambda: None)
         try:
             reach(Failpoint.JOURNAL_CREATED)
@@ -149,7 +149,7 @@ class JournalFolder:
                 reach(Failpoint.JOURNAL_WRITTEN)
                 self._prepare(name.namespace_name, namespace_document, caller)
                 caller.check()
-                linked = self._link(file, self._path(name))
+                linked = self._link(file, name)
         except BaseException:
             file.close()
             raise
@@ -242,15 +242,32 @@ class JournalFolder:
     def _path(self, name: PendingName) -> Path:
         return self._own / name.namespace_name / name.file_name
 
-    def _link(self, file: NewFile, path: Path) -> bool:
+    def _link(self, file: NewFile, name: PendingName) -> bool:
+        path = self._path(name)
         try:
             file.link(path, sync=True)
         except FileExistsError:
-            sync_folder(path.parent)
-            return False
+            if not self._replaced(file, name):
+                sync_folder(path.parent)
+                return False
         reach(Failpoint.JOURNAL_LINKED)
         sync_folder(path.parent)
         reach(Failpoint.JOURNAL_FOLDER_SYNCED)
+        return True
+
+    def _replaced(self, file: NewFile, name: PendingName) -> bool:
+        """Put a file in the place of one that a dead process left, which may be damaged by now.
+
+        False: a living process has that in its care.
+        """
+        left = self.take(name)
+        if left is Untaken.BUSY:
+            return False
+        try:
+            file.replace(self._path(name))
+        finally:
+            if isinstance(left, Pending):
+                left.close()
         return True
 
     def _prepare(self, namespace_name: str, namespace_document: bytes, caller: Caller) -> None:

@@ -137,6 +137,18 @@ def test_a_chunk_removed_between_opening_and_locking_its_file_is_gone(tmp_path, 
     asyncio.run(run())
 
 
+def test_p1_what_a_dead_process_left_damaged_is_not_what_a_new_save_relies_on(tmp_path):
+    async def run() -> None:
+        async with Opened(tmp_path) as opened:
+            await opened.leave(0)
+            pending_files(tmp_path)[0].write_bytes(b"rotten")
+            await opened.leave(0)
+
+    asyncio.run(run())
+    assert [path.read_bytes() for path in pending_files(tmp_path)] == [data_of(KEYS[0])]
+    assert list((tmp_path / ".tmp").iterdir()) == []
+
+
 def test_chunks_for_another_bucket_are_counted_and_left_alone(tmp_path):
     async def run() -> None:
         async with Opened(tmp_path, ELSEWHERE) as opened:
