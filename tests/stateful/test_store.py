@@ -269,9 +269,10 @@ class StoreMachine(RuleBasedStateMachine):
                 self.seen_spoiled.add(key)
         do_damage(damage, self.bucket / name, self.bucket / other, at)
         prompt = PROMPT_OF[NAMES[name]]
+        # A load would tell that it is gone.
+        self.lookup_when_nothing_is_known_any_more(node, prompt)
         self.load_afresh(prompt, with_disk=False)
         self.load(node, prompt, None)
-        self.lookup_when_nothing_is_known_any_more(node, prompt)
 
     @rule(node=NODES, damage=DAMAGES, which=PLACES, at=PLACES)
     def damage_file(self, node, damage, which, at):
@@ -416,8 +417,9 @@ class StoreMachine(RuleBasedStateMachine):
                 self.ask(node, command, *arguments)
 
     def note_outcome(self, node, key, outcome):
-        # An object that is there is taken for whole, until somebody has loaded it.
-        if outcome is SaveOutcome.JOURNALED and key not in self.spoiled:
+        # What is there already, as an object or pending, is taken for whole until somebody has read it.
+        damaged = key in self.spoiled or Path(name_of(key)).name in self.damaged_files
+        if outcome is SaveOutcome.JOURNALED and not damaged:
             self.journaled.add(key)
             self.journaled_by[node].add(key)
         if outcome not in IN_BUCKET:
