@@ -198,7 +198,7 @@ class Backlog:
             document = await self._journal.namespace_document(taken.name.namespace_name)
             if document:
                 await self._uploader.describe(taken.name.namespace_name, document)
-            outcome = await self._uploader.put(key, header.shard, [data])
+            outcome = await self._uploader.put(key, header.shard, [data], header.extents[0].start)
         self._pause_s = self._limits.pause_min_s
         await self._journal.remove(taken)
         reach(Failpoint.SETTLED)

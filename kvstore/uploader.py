@@ -9,12 +9,13 @@ from typing import TypeVar
 
 from kvstore.backends.contract import ABSENT, Buffer, PutResult, PutStatus
 from kvstore.backends.guarded import GuardedBackend
-from kvstore.errors import KVStoreError
+from kvstore.chunk import decode_header
+from kvstore.errors import CircuitOpenError, MisconfiguredError, MissError, MissReason, RetryableError
 from kvstore.failpoints import Failpoint, reach
 from kvstore.handles import SaveOutcome
 from kvstore.keys import ChunkKey, namespace_document_name, object_name
-from kvstore.layout import PREAMBLE_BYTES, Shard
-from kvstore.presence import Presence
+from kvstore.layout import Shard
+from kvstore.presence import DAMAGE, Presence
 from kvstore.retries import Retries
 
 T = TypeVar("T")
@@ -64,11 +65,13 @@ class Uploader:
                 self._described.add(namespace_name)
                 reach(Failpoint.DESCRIBED)
 
-    async def put(self, key: ChunkKey, shard: Shard, parts: Sequence[Buffer]) -> SaveOutcome:
-        """Store a chunk's object, whose header `parts` begin with, whole.
+    async def put(
+        self, key: ChunkKey, shard: Shard, parts: Sequence[Buffer], header_bytes: int
+    ) -> SaveOutcome:
+        """Store a chunk's object, whose header of so many bytes `parts[0]` begins with.
 
         STORED, also where an earlier answer was lost, by this request or by a process that died; or
-        PRESENT, when another writer was first.
+        PRESENT, when another writer was first. What is there and has no header of this chunk is replaced.
         """
         name = object_name(self._prefix, key, shard)
 
@@ -80,23 +83,38 @@ class Uploader:
             reach(Failpoint.AFTER_PUT)
             return result
 
-        result = await self._made(put)
+        outcome = SaveOutcome.STORED
+        if (await self._made(put)).status is PutStatus.EXISTS:
+            try:
+                outcome = await self._whose(name, key, shard, memoryview(parts[0])[:header_bytes])
+            except MissError as miss:
+                if miss.reason not in DAMAGE:
+                    return SaveOutcome.PRESENT
+                self._presence.note_miss(key, miss.reason)
+                await self._made(put)
         self._presence.note_stored(key)
-        ours = result.status is PutStatus.CREATED or await self._is_ours(name, parts[0])
-        return SaveOutcome.STORED if ours else SaveOutcome.PRESENT
+        return outcome
 
-    async def _is_ours(self, name: str, start: Buffer) -> bool:
-        """Whether the object there is the one that was sent, by the checksum over its header,
+    async def _whose(self, name: str, key: ChunkKey, shard: Shard, sent: memoryview) -> SaveOutcome:
+        """Whether the object that is there is the one that was sent, or another writer's of this chunk.
 
-        which names its writer and holds every section's checksum.
+        Headers name their writer, and have every section's checksum. Raises MissError when it is neither.
         """
-        sent = memoryview(start)[:PREAMBLE_BYTES]
-        found = memoryview(bytearray(PREAMBLE_BYTES))
+        found = memoryview(bytearray(len(sent)))
         try:
             result = await self._retries(partial(self._backend.read_into, name, 0, found), self._on_retry)
-        except KVStoreError:
-            return False
-        return result is not ABSENT and found == sent
+        except (RetryableError, CircuitOpenError, MisconfiguredError):
+            return SaveOutcome.PRESENT
+        if result is ABSENT:
+            raise MissError(MissReason.TRUNCATED, "was removed meanwhile")
+        if found == sent:
+            return SaveOutcome.STORED
+        header = decode_header(found[: result.length])
+        if (header.hash, header.namespace_digest, header.shard) != (key.hash, key.namespace_digest, shard):
+            raise MissError(MissReason.WRONG_KEY, "holds another chunk")
+        if header.object_bytes != result.object_bytes:
+            raise MissError(MissReason.TRUNCATED, "has another length than its header says")
+        return SaveOutcome.PRESENT
 
     async def _made(self, request: Callable[[], Awaitable[T]]) -> T:
         return await self._retries.patiently(request, self._on_retry, self.wait_on)

@@ -311,7 +311,7 @@ class WriteBehind:
     async def _upload(self, namespace: Namespace, chunk: SavedChunk, parts: Sequence[Buffer]) -> SaveOutcome:
         async with asyncio.timeout(self._limits.timeout_s):
             await self._uploader.describe(namespace.name, namespace.document())
-            outcome = await self._uploader.put(chunk.key, self._form.shard, parts)
+            outcome = await self._uploader.put(chunk.key, self._form.shard, parts, self._form.header_bytes)
         if chunk.pending is None:
             await self._keep_on_disk(chunk.key, parts)
         else:

@@ -37,6 +37,7 @@ import kvstore.retries
 from kvstore import failpoints
 from kvstore.backends.contract import Buffer, PutResult
 from kvstore.backends.filesystem import FilesystemBackend
+from kvstore.backends.guarded import GuardedBackend, GuardLimits
 from kvstore.backlog import BacklogLimits
 from kvstore.errors import RetryableError
 from kvstore.failpoints import Failpoint
@@ -174,6 +175,9 @@ class _Node:
         kvstore.retries._PATIENT_PAUSE_S_MAX = 0.02
         kvstore.assembly.BacklogLimits = functools.partial(
             BacklogLimits, look_s=0.2, pause_min_s=0.005, pause_max_s=0.02
+        )
+        kvstore.assembly.GuardedBackend = functools.partial(
+            GuardedBackend, limits=GuardLimits(pause_min_s=0.005, pause_max_s=0.02)
         )
         if layer_by_layer:
             kvstore.assembly.FetchLimits = lambda: LAYER_BY_LAYER

@@ -6,6 +6,7 @@ import contextlib
 import os
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -68,7 +69,10 @@ class NewFile:
 
     def replace(self, path: Path) -> None:
         """Give the file the name of another one, after `link` has failed for that."""
-        self._path.rename(path)
+        # Under a name that a sweep knows, if this is the end.
+        second = self._path.with_name(uuid.uuid4().hex)
+        os.link(self._path, second, follow_symlinks=False)
+        second.rename(path)
 
     def close(self) -> None:
         """Remove what was not published, as soon as nobody writes any more. Doing it again does nothing."""

@@ -142,7 +142,10 @@ def test_p1_what_a_dead_process_left_damaged_is_not_what_a_new_save_relies_on(tm
         async with Opened(tmp_path) as opened:
             await opened.leave(0)
             pending_files(tmp_path)[0].write_bytes(b"rotten")
-            await opened.leave(0)
+            pending = await opened.write(0)
+            await opened.tier.adopt(KEYS[0], pending)
+            await opened.journal.close(pending)
+            assert KEYS[0] in opened.tier
 
     asyncio.run(run())
     assert [path.read_bytes() for path in pending_files(tmp_path)] == [data_of(KEYS[0])]

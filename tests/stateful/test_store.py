@@ -128,7 +128,9 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(node=NODES)
     def check_slots(self, node):
-        self.ask(node, "check_slots")
+        # In an outage uploads go on, and hold theirs.
+        if not self.failing:
+            self.ask(node, "check_slots")
 
     # What an engine does.
 
@@ -147,7 +149,8 @@ class StoreMachine(RuleBasedStateMachine):
         fresh = [key for key in keys[start:] if writer not in self.written.get(key, ())]
         for key in fresh:
             self.written.setdefault(key, set()).add(writer)
-        timeout_s = 0.02 if self.failing and until is Durability.REMOTE else PATIENCE_S
+        # What cannot be journaled waits for the backend as well.
+        timeout_s = (0.02 if until is Durability.REMOTE else 0.3) if self.failing else PATIENCE_S
         answer = self.ask(node, "save", prompt, start, writer, until, timeout_s)
         if answer is None:
             return

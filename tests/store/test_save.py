@@ -463,3 +463,33 @@ def test_a_flush_of_no_time_at_all_does_not_wait(opened, monkeypatch):
     monkeypatch.setattr(store._parts.writes, "flush", spy)
     assert store.flush(timeout_s=0).chunks_left == 4
     assert asked == [0]
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "another chunk's", "not ours"])
+def test_what_has_no_header_of_the_chunk_is_not_taken_for_it_but_replaced(opened, damage):
+    objects = stored_chunks(CHAIN)
+    names = [name_of(key) for key in CHAIN.keys]
+    whole = objects[names[0]].data
+    spoilt = {
+        "cut": whole[:-1],
+        "empty": b"",
+        "another chunk's": objects[names[1]].data,
+        "not ours": b"hello" * 1000,
+    }[damage]
+    backend = ScriptedBackend()
+    backend.replace(names[0], spoilt)
+    store = opened(backend)
+    assert save(store) == dict.fromkeys(range(4), STORED)
+    store._parts.memory.clear()
+    pages = Pages(4)
+    assert store.load(CHAIN, range(4), pages).wait(PATIENCE_S).chunks == 4
+    pages.assert_holds(range(4))
+
+
+def test_a_chunk_of_a_newer_version_is_left_as_it_is(opened):
+    newer = bytearray(stored_chunks(CHAIN)[name_of(CHAIN.keys[0])].data)
+    newer[8] = 99
+    backend = ScriptedBackend()
+    backend.replace(name_of(CHAIN.keys[0]), bytes(newer))
+    assert save(opened(backend))[0] is PRESENT
+    assert backend.data(name_of(CHAIN.keys[0])) == newer
