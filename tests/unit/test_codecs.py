@@ -196,10 +196,23 @@ def test_none_means_no_codec():
         "zstd:--1",
         "zstd: 1",
         "zstd:1:2",
+        "lz4:1",
+        "planes:1",
+        "planes+",
+        "planes+none",
+        "planes+gzip",
+        "planes+planes",
+        "planes+planes+zstd",
+        "planes+zstd:",
+        "planes+lz4:1",
+        "zstd+planes",
+        "zstd+lz4",
+        "planes2+zstd",
+        "+zstd",
     ],
 )
 def test_an_unknown_codec_is_refused_with_those_that_are_known(text):
-    with pytest.raises(MisconfiguredError, match=r"none, zstd\[:LEVEL\]"):
+    with pytest.raises(MisconfiguredError, match=r"none, lz4, zstd\[:LEVEL\], planes\[\+CODEC\]"):
         parse_codec(text)
 
 
@@ -209,7 +222,20 @@ def test_a_level_out_of_range_is_refused_with_the_range(level):
         parse_codec(f"zstd:{level}")
 
 
-@pytest.mark.parametrize("name", ["", "none", "zstd:1", "lz4", "x" * 64])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "none",
+        "zstd:1",
+        "planes",
+        "planes+zstd",
+        "planes3+zstd",
+        "planes2+none",
+        "planes2+zstd:1",
+        "x" * 64,
+    ],
+)
 def test_a_header_that_names_an_unknown_codec_is_a_miss(name):
     with pytest.raises(MissError) as error:
         decoder(name)
