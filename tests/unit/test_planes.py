@@ -131,6 +131,21 @@ def test_mantissas_of_a_bell_curve_are_stored_as_they_are():
     assert high < 0.4 * low
 
 
+@pytest.mark.parametrize("thorough", [False, True])
+def test_planes_that_look_random_are_tried_only_where_asked(thorough):
+    offered = []
+
+    class Refusing:
+        name = "refusing"
+
+        def encode(self, host, out):
+            offered.append(len(host))
+
+    data = normal(2, 1 << 14)
+    assert len(encoded(PlanesCodec(Refusing(), 2, thorough=thorough), data)) == len(data) + 8
+    assert len(offered) == 1 + thorough
+
+
 def test_random_bytes_cost_no_more_than_the_table_and_do_not_fit_a_raw_section():
     data = random.Random(7).randbytes(10_001)
     for item_bytes in SPECIAL:
