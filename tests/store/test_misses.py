@@ -94,7 +94,7 @@ def flipped(data, at, bit):
     return data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :]
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", [*CODECS, "lz4", "planes"])
 def test_with_any_byte_flipped_the_chunk_is_a_miss_and_no_wrong_byte_reaches_pages(opened, codec):
     name, data = object_of(SMALL_CHAIN, SMALL_FORM, codec=codec)
     variants = [flipped(data, at, at % 8) for at in range(len(data))]
