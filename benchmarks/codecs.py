@@ -2,8 +2,8 @@
 
     make bench NAME=codecs ARGS='--kv FOLDER'
 
-FOLDER holds .npy or .safetensors files (or is one): tensors whose first axis counts sections, so that
-each index is one layer's keys and values of one chunk. An array of numpy's uint16 holds bfloat16.
+FOLDER holds .npy or .safetensors files (or is one): tensors of (sections, ..., tokens, heads, dim), so
+that each first index is one layer's keys and values of one chunk. numpy's uint16 stands for bfloat16.
 Without --kv, sections have the shape of Llama-3-8B in bfloat16 and hold a bell curve whose width differs
 from channel to channel (log-normal, sigma 0.5); that is noise, a trained model's KV is what counts.
 
@@ -45,6 +45,7 @@ class Sections:
 
     source: str
     item_bytes: int
+    row_bytes: int
     hosts: Sequence[bytes]
 
     @property
@@ -147,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _measure(sections: Sections, names: Mapping[str, None], rounds: int) -> dict[str, object]:
     largest_bytes = max(map(len, sections.hosts))
     out, back = (memoryview(bytearray(largest_bytes)) for _ in range(2))
-    codecs = [_codec(name, sections.item_bytes) for name in names]
+    codecs = [_codec(name, sections) for name in names]
     naive = Naive(sections.item_bytes)
     peers = [Measured("naive", naive, naive)]
     for _ in range(rounds):
@@ -169,8 +170,8 @@ def _measure(sections: Sections, names: Mapping[str, None], rounds: int) -> dict
     }
 
 
-def _codec(name: str, item_bytes: int) -> Measured:
-    encoder = parse_codec(name, item_bytes)
+def _codec(name: str, sections: Sections) -> Measured:
+    encoder = parse_codec(name, sections.item_bytes, sections.row_bytes)
     if encoder is None:
         raise SystemExit(f"codec {name} encodes nothing")
     return Measured(name, encoder, decoder(encoder.name))
@@ -183,25 +184,25 @@ def _make_up(count: int) -> Sections:
         width = np.exp(0.5 * random.standard_normal((2, 1, CHANNELS), np.float32))
         values = width * random.standard_normal((2, TOKENS, CHANNELS), np.float32)
         hosts.append((values.view(np.uint32) >> 16).astype(np.uint16).tobytes())
-    return Sections("made up: a bell curve of another width in each channel, bfloat16", ITEM_BYTES, hosts)
+    source = "made up: a bell curve of another width in each channel, bfloat16"
+    return Sections(source, ITEM_BYTES, CHANNELS * ITEM_BYTES, hosts)
 
 
 def _read(path: Path) -> Sections:
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     tensors = [tensor for file in files for tensor in _tensors(file)]
-    sizes = {item_bytes for item_bytes, _ in tensors}
-    if len(sizes) != 1:
-        raise SystemExit(
-            f"{path}: needs .npy or .safetensors files of one element size, has {sizes or 'none'}"
-        )
-    return Sections(f"read from {path.name}", sizes.pop(), [host for _, hosts in tensors for host in hosts])
+    forms = {(tensor.item_bytes, tensor.row_bytes) for tensor in tensors}
+    if len(forms) != 1:
+        raise SystemExit(f"{path}: needs .npy or .safetensors files of one element size and row, has {forms}")
+    hosts = [host for tensor in tensors for host in tensor.hosts]
+    return Sections(f"read from {path.name}", *forms.pop(), hosts)
 
 
-def _tensors(file: Path) -> Iterator[tuple[int, Sequence[bytes]]]:
-    """Element size and sections of every tensor in a file."""
+def _tensors(file: Path) -> Iterator[Sections]:
+    """The sections of every tensor in a file."""
     if file.suffix == ".npy":
         array = np.load(file)
-        yield array.dtype.itemsize, [section.tobytes() for section in array]
+        yield _cut(file.name, array.dtype.itemsize, array.shape, array.tobytes())
     elif file.suffix == ".safetensors":
         # Read by hand: numpy has no bfloat16, and torch is not needed for bytes.
         data = file.read_bytes()
@@ -209,9 +210,15 @@ def _tensors(file: Path) -> Iterator[tuple[int, Sequence[bytes]]]:
         for name, entry in sorted(json.loads(data[8:start]).items()):
             if name != "__metadata__":
                 first, stop = (start + at for at in entry["data_offsets"])
-                length = (stop - first) // entry["shape"][0]
-                hosts = [data[at : at + length] for at in range(first, stop, length)]
-                yield SAFETENSORS_BYTES[entry["dtype"]], hosts
+                yield _cut(name, SAFETENSORS_BYTES[entry["dtype"]], entry["shape"], data[first:stop])
+
+
+def _cut(name: str, item_bytes: int, shape: Sequence[int], data: bytes) -> Sections:
+    length = len(data) // shape[0]
+    row_bytes = shape[-2] * shape[-1] * item_bytes
+    return Sections(
+        name, item_bytes, row_bytes, [data[at : at + length] for at in range(0, len(data), length)]
+    )
 
 
 if __name__ == "__main__":

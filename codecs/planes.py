@@ -8,6 +8,8 @@ from __future__ import annotations
 import struct
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,10 @@ _EXCHANGES: dict[int, tuple[tuple[int, int], ...]] = {
 }
 # Words of one lane that are transposed at a time: enough to make calls cheap, few enough for the caches.
 _TILE_WORDS = 1 << 17
+# Runs below this would make many calls of little work each.
+_RUN_BYTES_MIN = 64
+# Rows repeat if one in so many does.
+_ROWS_MIN = 16
 _SAMPLE_BYTES = 4096
 # Bits per byte of a plane, by its sample, above which encoding it is not tried.
 _RANDOM_BITS = 7.6
@@ -47,79 +53,77 @@ class _Scratch(threading.local):
 
 
 class PlanesCodec:
-    """One byte codec for the planes of floats of `item_bytes` bytes; docs/format.md has the bytes.
+    """Codes for the planes of floats of `item_bytes` bytes; docs/format.md has the bytes.
 
-    inner     encodes planes
-    thorough  try every plane; otherwise those whose sampled bytes look random are stored as they are
+    inner      encodes planes; planes whose sampled bytes look random are not tried
+    searching  encodes planes of sections whose rows repeat, and is tried on each of them. It writes
+               what `inner` can decode
+    row_bytes  bytes of one token in a row, which repeat where tokens do; 0 where nobody knows
     """
 
-    def __init__(self, inner: ByteCodec, item_bytes: int, *, thorough: bool) -> None:
+    def __init__(
+        self, inner: ByteCodec, item_bytes: int, *, searching: ByteCodec | None = None, row_bytes: int = 0
+    ) -> None:
         self.name = f"planes{item_bytes}+{inner.name}"
         self._inner = inner
+        self._searching = inner if searching is None else searching
         self._item_bytes = item_bytes
-        self._thorough = thorough
-        self._table = struct.Struct(f"<{item_bytes}I")
-        self._word = np.dtype(f"<u{item_bytes}")
+        # Only rows of whole squares line up with planes.
+        rows_fit = row_bytes >= _RUN_BYTES_MIN * item_bytes and row_bytes % item_bytes**2 == 0
+        self._row_bytes = row_bytes if rows_fit else 0
+        self._table = struct.Struct(f"<{item_bytes + 1}I")
         self._scratch = _Scratch()
 
     def encode(self, host: memoryview, out: memoryview) -> int | None:
         """See ByteCodec.encode."""
-        plane_bytes, tail_bytes = self._split(len(host))
-        stop = len(out) - tail_bytes
-        if not plane_bytes or stop < self._table.size:
+        repeats = _rows_repeat(host, self._row_bytes)
+        shape = _Shape.of(len(host), self._item_bytes, self._row_bytes if repeats else 0)
+        stop = len(out) - shape.tail_bytes
+        if not shape.plane_bytes or stop < self._table.size:
             return None
         lengths, start = [], self._table.size
-        for plane in self._planes_of(host, plane_bytes):
-            length = self._encode_plane(plane, out[start:stop])
+        for plane in self._planes_of(host, shape):
+            length = self._encode_plane(plane, out[start:stop], repeats=repeats)
             if length is None:
                 return None
             lengths.append(length)
             start += length
-        self._table.pack_into(out, 0, *lengths)
-        out[start : start + tail_bytes] = host[len(host) - tail_bytes :]
-        return start + tail_bytes
+        self._table.pack_into(out, 0, shape.run, *lengths)
+        out[start : start + shape.tail_bytes] = host[len(host) - shape.tail_bytes :]
+        return start + shape.tail_bytes
 
     def decode(self, stored: memoryview, out: memoryview) -> None:
         """See ByteCodec.decode."""
-        plane_bytes, tail_bytes = self._split(len(out))
-        lengths = self._lengths(stored, plane_bytes, tail_bytes)
-        tail_at = len(stored) - tail_bytes
-        pieces = self._pieces(out, plane_bytes)
+        shape, lengths = self._read_table(stored, len(out))
+        pieces = shape.pieces(out)
         # What is encoded comes out in scratch memory, but a single plane is the section itself.
-        room = pieces if len(pieces) == 1 else self._pieces(self._scratch.take(len(out)), plane_bytes)
+        room = pieces if len(pieces) == 1 else shape.pieces(self._scratch.take(len(out)))
         planes, start = [], self._table.size
         for length, place in zip(lengths, room, strict=True):
             plane = stored[start : start + length]
             start += length
-            if length != plane_bytes:
+            if length != shape.plane_bytes:
                 self._inner.decode(plane, place)
                 plane = place
             planes.append(plane)
-        self._transpose(planes, pieces)
-        out[len(out) - tail_bytes :] = stored[tail_at:]
+        if len(planes) > 1:
+            shape.transpose(shape.planes(planes), shape.lanes(out))
+        elif planes[0] is not pieces[0]:
+            pieces[0][:] = planes[0]
+        out[len(out) - shape.tail_bytes :] = stored[start:]
 
-    def _split(self, host_bytes: int) -> tuple[int, int]:
-        """Bytes of each plane, and bytes behind the last whole square, which no plane holds."""
-        words = host_bytes // self._item_bytes**2
-        plane_bytes = words * self._item_bytes
-        return plane_bytes, host_bytes - plane_bytes * self._item_bytes
-
-    def _pieces(self, whole: memoryview, length: int) -> list[memoryview]:
-        return [whole[i * length : (i + 1) * length] for i in range(self._item_bytes)]
-
-    def _planes_of(self, host: memoryview, plane_bytes: int) -> Sequence[memoryview]:
-        lanes = self._pieces(host, plane_bytes)
-        if len(lanes) == 1:
-            return lanes
-        planes = self._pieces(self._scratch.take(len(host)), plane_bytes)
-        self._transpose(lanes, planes)
+    def _planes_of(self, host: memoryview, shape: _Shape) -> Sequence[memoryview]:
+        if self._item_bytes == 1:
+            return shape.pieces(host)
+        planes = shape.pieces(self._scratch.take(len(host)))
+        shape.transpose(shape.lanes(host), shape.planes(planes))
         return planes
 
-    def _encode_plane(self, plane: memoryview, room: memoryview) -> int | None:
+    def _encode_plane(self, plane: memoryview, room: memoryview, *, repeats: bool) -> int | None:
         """Bytes written to `room`; None if the plane does not fit, not even as it is."""
-        if self._thorough or not _looks_random(plane):
+        if repeats or not _looks_random(plane):
             enough = len(plane) - (len(plane) >> _GAIN_LOG) - 1
-            length = self._inner.encode(plane, room[:enough])
+            length = (self._searching if repeats else self._inner).encode(plane, room[:enough])
             if length is not None:
                 return length
         if len(room) < len(plane):
@@ -127,33 +131,81 @@ class PlanesCodec:
         room[: len(plane)] = plane
         return len(plane)
 
-    def _lengths(self, stored: memoryview, plane_bytes: int, tail_bytes: int) -> Sequence[int]:
-        """Stored bytes of each plane. Raises MissError unless they add up to `stored`."""
-        if len(stored) < self._table.size + tail_bytes:
+    def _read_table(self, stored: memoryview, host_bytes: int) -> tuple[_Shape, Sequence[int]]:
+        """How planes lie, and the stored bytes of each. Raises MissError unless all adds up."""
+        if len(stored) < self._table.size:
             raise _bad(f"{len(stored)} bytes are too few")
-        lengths = self._table.unpack_from(stored)
-        if max(lengths) > plane_bytes or (plane_bytes and not min(lengths)):
-            raise _bad(f"planes of {lengths} bytes where {plane_bytes} are due")
-        if sum(lengths) != len(stored) - self._table.size - tail_bytes:
+        run, *lengths = self._table.unpack_from(stored)
+        words = host_bytes // self._item_bytes**2
+        if not 0 < run <= words or (run != words and run * self._item_bytes < _RUN_BYTES_MIN):
+            raise _bad(f"runs of {run} in a lane of {words}")
+        shape = _Shape(host_bytes, self._item_bytes, run)
+        if not 0 < min(lengths) <= max(lengths) <= shape.plane_bytes:
+            raise _bad(f"planes of {lengths} bytes where {shape.plane_bytes} are due")
+        if sum(lengths) != len(stored) - self._table.size - shape.tail_bytes:
             raise _bad(f"planes of {lengths} bytes in {len(stored)}")
-        return lengths
+        return shape, lengths
 
-    def _transpose(self, source: Sequence[memoryview], target: Sequence[memoryview]) -> None:
+
+@dataclass(frozen=True)
+class _Shape:
+    """How a section's words of `item_bytes` bytes are dealt to as many lanes, and lie in planes.
+
+    run  words that go to one lane before the next lane has its turn: all of them, or, where rows
+         repeat, so many that a row is a whole number of turns, and repeats in the planes too
+    """
+
+    host_bytes: int
+    item_bytes: int
+    run: int
+
+    @classmethod
+    def of(cls, host_bytes: int, item_bytes: int, row_bytes: int) -> _Shape:
+        """For rows that repeat, or with 0 for others."""
+        return cls(host_bytes, item_bytes, (row_bytes or host_bytes) // item_bytes**2)
+
+    @cached_property
+    def plane_bytes(self) -> int:
+        """Bytes of one plane: of whole turns."""
+        run_bytes = self.run * self.item_bytes
+        return run_bytes * (self.host_bytes // (run_bytes * self.item_bytes)) if run_bytes else 0
+
+    @cached_property
+    def tail_bytes(self) -> int:
+        """Bytes behind the last whole turn, which no plane holds."""
+        return self.host_bytes - self.plane_bytes * self.item_bytes
+
+    def pieces(self, memory: memoryview) -> list[memoryview]:
+        """Room for each plane."""
+        return [memory[i * self.plane_bytes : (i + 1) * self.plane_bytes] for i in range(self.item_bytes)]
+
+    def lanes(self, host: memoryview) -> list[_Words]:
+        """The words of each lane, as (turn, word in its run)."""
+        words = np.frombuffer(host[: self.plane_bytes * self.item_bytes], self._word)
+        dealt = words.reshape(-1, self.item_bytes, self.run)
+        return [dealt[:, lane] for lane in range(self.item_bytes)]
+
+    def planes(self, pieces: Sequence[memoryview]) -> list[_Words]:
+        """The words of each plane, in the shape of lanes."""
+        return [np.frombuffer(piece, self._word).reshape(-1, self.run) for piece in pieces]
+
+    def transpose(self, source: Sequence[_Words], target: Sequence[_Words]) -> None:
         """Lanes to planes, or back: byte i of word j goes to byte j of word i. It is its own inverse."""
-        if len(source) == 1:
-            if source[0] is not target[0]:
-                target[0][:] = source[0]
-            return
-        inputs = [np.frombuffer(piece, self._word) for piece in source]
-        outputs = [np.frombuffer(piece, self._word) for piece in target]
-        spare = np.empty(min(_TILE_WORDS, len(inputs[0])), self._word)
-        for start in range(0, len(inputs[0]), _TILE_WORDS):
-            tile = slice(start, start + _TILE_WORDS)
-            _transpose_tile([words[tile] for words in inputs], [words[tile] for words in outputs], spare)
+        turns = len(source[0])
+        turns_at_once, words_at_once = max(1, _TILE_WORDS // self.run), min(_TILE_WORDS, self.run)
+        spare = np.empty((min(turns, turns_at_once), words_at_once), self._word)
+        for first in range(0, turns, turns_at_once):
+            for start in range(0, self.run, words_at_once):
+                tile = (slice(first, first + turns_at_once), slice(start, start + words_at_once))
+                _transpose_tile([words[tile] for words in source], [words[tile] for words in target], spare)
+
+    @property
+    def _word(self) -> np.dtype[Any]:
+        return np.dtype(f"<u{self.item_bytes}")
 
 
 def _transpose_tile(source: Sequence[_Words], target: Sequence[_Words], spare: _Words) -> None:
-    changed = spare[: len(source[0])]
+    changed = spare[: source[0].shape[0], : source[0].shape[1]]
     for bits, mask in _EXCHANGES[len(source)]:
         distance = bits // 8
         for low in range(len(source)):
@@ -168,6 +220,16 @@ def _transpose_tile(source: Sequence[_Words], target: Sequence[_Words], spare: _
             np.left_shift(changed, bits, out=changed)
             np.bitwise_xor(source[low], changed, out=target[low])
         source = target
+
+
+def _rows_repeat(host: memoryview, row_bytes: int) -> bool:
+    """Whether many rows begin as another does: values of the first layer depend on the token alone."""
+    rows = len(host) // row_bytes if row_bytes else 0
+    if rows < _ROWS_MIN:
+        return False
+    starts = np.frombuffer(host[: rows * row_bytes], np.uint8).reshape(rows, row_bytes)[:, :8]
+    distinct = len(np.unique(np.ascontiguousarray(starts).view(np.uint64)))
+    return rows - distinct > rows // _ROWS_MIN
 
 
 def _looks_random(plane: memoryview) -> bool:

@@ -48,10 +48,11 @@ class CodecRow:
     origin: str
 
 
-def parse_codec(text: str, item_bytes: int = 1) -> ByteCodec | None:
+def parse_codec(text: str, item_bytes: int = 1, row_bytes: int = 0) -> ByteCodec | None:
     """The codec that a setting such as `planes+zstd:1` names; None for `none`.
 
     item_bytes  size of the elements that sections hold, by which planes are split
+    row_bytes   what repeats in a section where tokens do; 0 where nobody knows
 
     Raises MisconfiguredError for an unknown name, or a level that is out of range or not taken.
     """
@@ -60,10 +61,12 @@ def parse_codec(text: str, item_bytes: int = 1) -> ByteCodec | None:
     first, plus, rest = text.partition("+")
     if first != PLANES:
         return _parse_family(text)
-    name, colon, _ = rest.partition(":")
-    inner = _parse_family(rest if plus else ZSTD.name, text)
-    bare = _family(name if plus else ZSTD.name).bare
-    return _planes(inner if colon or bare is None else bare(), item_bytes, thorough=bool(colon))
+    inner = rest if plus else ZSTD.name
+    searching = _parse_family(inner, text)
+    name, colon, _ = inner.partition(":")
+    bare = _family(name).bare
+    usual = searching if colon or bare is None else bare()
+    return _planes(usual, item_bytes, searching=searching, row_bytes=row_bytes)
 
 
 def decoder(name: str) -> ByteCodec:
@@ -117,14 +120,16 @@ def _make_decoder(name: str) -> ByteCodec:
     split = _PLANES_OF.match(name)
     if split is None:
         return _family(name).make(None)
-    return _planes(_family(split[2]).make(None), int(split[1]), thorough=False)
+    return _planes(_family(split[2]).make(None), int(split[1]))
 
 
-def _planes(inner: ByteCodec, item_bytes: int, *, thorough: bool) -> ByteCodec:
+def _planes(
+    inner: ByteCodec, item_bytes: int, *, searching: ByteCodec | None = None, row_bytes: int = 0
+) -> ByteCodec:
     # Needs numpy, which a store without planes does not load.
     from kvstore.codecs.planes import PlanesCodec
 
-    return PlanesCodec(inner, item_bytes, thorough=thorough)
+    return PlanesCodec(inner, item_bytes, searching=searching, row_bytes=row_bytes)
 
 
 def _family(name: str) -> CodecFamily:

@@ -121,7 +121,7 @@ class Assembler:
             )
         with _allocating("KVSTORE_UPLOAD_CONCURRENCY", settings.upload_concurrency):
             buffers = settings.upload_concurrency + JOURNAL_PLACES
-            codec = parse_codec(settings.codec, form.layout.dtype.itemsize)
+            codec = parse_codec(settings.codec, form.layout.dtype.itemsize, form.row_bytes)
             self._writer = ChunkWriter(form, codec, buffers)
         self._disk = self._disk_tier()
         self._presence = Presence(settings.presence_ttl_s)
