@@ -5,6 +5,7 @@ Lossless, and blind to what the bits mean: NaN payloads, -0 and subnormals come 
 
 from __future__ import annotations
 
+import math
 import struct
 import threading
 from collections.abc import Sequence
@@ -180,24 +181,27 @@ class _Shape:
         return [memory[i * self.plane_bytes : (i + 1) * self.plane_bytes] for i in range(self.item_bytes)]
 
     def lanes(self, host: memoryview) -> list[_Words]:
-        """The words of each lane, as (turn, word in its run)."""
+        """The words of each lane."""
         words = np.frombuffer(host[: self.plane_bytes * self.item_bytes], self._word)
         dealt = words.reshape(-1, self.item_bytes, self.run)
-        return [dealt[:, lane] for lane in range(self.item_bytes)]
+        return [self._flat(dealt[:, lane]) for lane in range(self.item_bytes)]
 
     def planes(self, pieces: Sequence[memoryview]) -> list[_Words]:
         """The words of each plane, in the shape of lanes."""
-        return [np.frombuffer(piece, self._word).reshape(-1, self.run) for piece in pieces]
+        return [self._flat(np.frombuffer(piece, self._word).reshape(-1, self.run)) for piece in pieces]
 
     def transpose(self, source: Sequence[_Words], target: Sequence[_Words]) -> None:
         """Lanes to planes, or back: byte i of word j goes to byte j of word i. It is its own inverse."""
-        turns = len(source[0])
-        turns_at_once, words_at_once = max(1, _TILE_WORDS // self.run), min(_TILE_WORDS, self.run)
-        spare = np.empty((min(turns, turns_at_once), words_at_once), self._word)
-        for first in range(0, turns, turns_at_once):
-            for start in range(0, self.run, words_at_once):
-                tile = (slice(first, first + turns_at_once), slice(start, start + words_at_once))
-                _transpose_tile([words[tile] for words in source], [words[tile] for words in target], spare)
+        step = max(1, _TILE_WORDS // math.prod(source[0].shape[1:]))
+        spare = np.empty_like(source[0][:step])
+        for start in range(0, len(source[0]), step):
+            tile = slice(start, start + step)
+            _transpose_tile([words[tile] for words in source], [words[tile] for words in target], spare)
+
+    @staticmethod
+    def _flat(turns: _Words) -> _Words:
+        """One turn as its words, which numpy is quicker with; several as they are."""
+        return turns[0] if len(turns) == 1 else turns
 
     @property
     def _word(self) -> np.dtype[Any]:
@@ -205,7 +209,7 @@ class _Shape:
 
 
 def _transpose_tile(source: Sequence[_Words], target: Sequence[_Words], spare: _Words) -> None:
-    changed = spare[: source[0].shape[0], : source[0].shape[1]]
+    changed = spare[: len(source[0])]
     for bits, mask in _EXCHANGES[len(source)]:
         distance = bits // 8
         for low in range(len(source)):

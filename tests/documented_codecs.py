@@ -20,16 +20,19 @@ def read_section(codec: str, stored: bytes, host_bytes: int) -> bytes:
 
 
 def _read_planes(item_bytes: int, inner: str, stored: bytes, host_bytes: int) -> bytes:
-    words = host_bytes // item_bytes**2
-    lengths = struct.unpack_from(f"<{item_bytes}I", stored)
-    at, host = 4 * item_bytes, bytearray(host_bytes)
+    run, *lengths = struct.unpack_from(f"<{item_bytes + 1}I", stored)
+    turns = host_bytes // (item_bytes**2 * run)
+    plane_bytes = turns * run * item_bytes
+    at, host = 4 * (item_bytes + 1), bytearray(host_bytes)
     for k, length in enumerate(lengths):
         plane = stored[at : at + length]
         at += length
-        if length != words * item_bytes:
-            plane = read_section(inner, plane, words * item_bytes)
-        for lane in range(item_bytes):
-            for i in range(words):
-                host[(lane * words + i) * item_bytes + k] = plane[i * item_bytes + lane]
-    host[words * item_bytes**2 :] = stored[at:]
+        if length != plane_bytes:
+            plane = read_section(inner, plane, plane_bytes)
+        for turn in range(turns):
+            for lane in range(item_bytes):
+                for i in range(run):
+                    word = (turn * item_bytes + lane) * run + i
+                    host[word * item_bytes + k] = plane[(turn * run + i) * item_bytes + lane]
+    host[plane_bytes * item_bytes :] = stored[at:]
     return bytes(host)

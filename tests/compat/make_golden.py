@@ -55,6 +55,15 @@ ATTENTION = KVLayout(
 LATENT = KVLayout(
     layers=3, kv_heads=1, head_dim=64, dtype=DType.FLOAT16, page_form="mla", page_tokens=6, chunk_tokens=12
 )
+ROWS = KVLayout(
+    layers=3,
+    kv_heads=4,
+    head_dim=64,
+    dtype=DType.BFLOAT16,
+    page_form="hnd",
+    page_tokens=4,
+    chunk_tokens=12,
+)
 OPAQUE = KVLayout(
     layers=2,
     kv_heads=1,
@@ -77,6 +86,7 @@ GOLDEN = (
     Golden("planes-float32", "planes", dataclasses.replace(ATTENTION, dtype=DType.FLOAT32), Shard(0, 4)),
     Golden("planes-float8", "planes", dataclasses.replace(ATTENTION, dtype=DType.FLOAT8_E4M3), Shard(1, 3)),
     Golden("planes-lz4", "planes+lz4", ATTENTION, Shard(0, 4)),
+    Golden("planes-rows", "planes", ROWS, Shard(0, 4)),
     # Sections of an odd length, so that some bytes stand behind the planes.
     Golden("planes-opaque", "planes", dataclasses.replace(OPAQUE, dtype=DType.BFLOAT16), Shard(0, 1)),
 )
@@ -85,12 +95,14 @@ GOLDEN = (
 def golden_section(golden: Golden, layer: int, length: int) -> bytes:
     """The page bytes of one layer: SHA-256 in counter mode; in layers that compress, 8 bytes repeated.
 
-    For planes, as floats have it: every element's highest byte is one of four.
+    For planes, as floats have it: every element's highest byte is one of four; or rows that repeat.
     """
     seed = f"{golden.name} {layer}".encode()
     stream = b"".join(
         hashlib.sha256(seed + i.to_bytes(4, "little")).digest() for i in range(length // 32 + 1)
     )
+    if golden.name == "planes-rows":
+        return b"".join(stream[:384][byte % 3 * 128 : byte % 3 * 128 + 128] for byte in stream)[:length]
     if golden.codec == "planes":
         item_bytes = golden.layout.dtype.itemsize
         highest = bytes(0x3D + byte % 4 for byte in stream[item_bytes - 1 :: item_bytes])

@@ -69,7 +69,7 @@ def load(golden, data, name=None):
 def test_there_are_golden_objects_of_every_kind():
     assert set(INDEX) == {
         *("raw", "raw-shard", "zstd", "zstd-mixed", "zstd-opaque", "lz4"),
-        *("planes", "planes-float32", "planes-float8", "planes-lz4", "planes-opaque"),
+        *("planes", "planes-float32", "planes-float8", "planes-lz4", "planes-rows", "planes-opaque"),
     }
     assert {path.stem for path in V1.glob("*.kvc")} == set(INDEX)
 
@@ -138,7 +138,7 @@ def test_some_golden_sections_are_encoded_and_some_are_not():
         codecs[name] = [codec for _, _, codec, _ in rows]
     assert codecs["zstd-mixed"] == [1, 0, 1, 0]
     assert codecs["raw"] == [0, 0, 0, 0]
-    assert codecs["zstd"] == codecs["lz4"] == [1, 1, 1]
+    assert codecs["zstd"] == codecs["lz4"] == codecs["planes-rows"] == [1, 1, 1]
     assert codecs["planes"] == codecs["planes-float32"] == codecs["planes-float8"] == [1, 1, 1, 1]
     assert codecs["planes-lz4"] == [1, 1, 1, 1]
     assert codecs["planes-opaque"] == [1, 1]

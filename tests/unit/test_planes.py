@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from kvstore.codecs import planes
 from kvstore.codecs.planes import PlanesCodec
 from kvstore.codecs.registry import decoder, parse_codec
-from kvstore.codecs.zstd import ZstdCodec
 from kvstore.errors import MissError, MissReason
 
 TEXTS = ["planes", "planes+zstd", "planes+zstd:1", "planes+zstd:19", "planes+lz4"]
@@ -34,12 +33,12 @@ def normal(item_bytes, words, seed=0):
 
 @st.composite
 def sections(draw):
-    """Item size and bytes: special values, noise and repeats, of any length, also an odd one."""
+    """Item size, row size and bytes: special values, noise and repeats, of any length, also an odd one."""
     item_bytes = draw(st.sampled_from(sorted(SPECIAL)))
     words = draw(st.lists(st.sampled_from(SPECIAL[item_bytes]), max_size=40))
     data = b"".join(word.to_bytes(item_bytes, "little") for word in words)
     data = data * draw(st.integers(1, 200)) + normal(item_bytes, draw(st.integers(0, 300)))
-    return item_bytes, data + draw(st.binary(max_size=20))
+    return item_bytes, draw(st.sampled_from([0, 64, 80, 256])), data + draw(st.binary(max_size=20))
 
 
 def guarded(length):
@@ -70,8 +69,8 @@ def reason_of(codec, stored, length):
 @pytest.mark.parametrize("text", TEXTS)
 @given(section=sections())
 def test_every_bit_comes_back_whatever_it_means(text, section):
-    item_bytes, data = section
-    codec = parse_codec(text, item_bytes)
+    item_bytes, row_bytes, data = section
+    codec = parse_codec(text, item_bytes, row_bytes)
     stored = encoded(codec, data)
     if stored is None:
         assert len(data) < item_bytes**2
@@ -84,22 +83,25 @@ def test_every_bit_comes_back_whatever_it_means(text, section):
 
 @given(section=sections())
 def test_the_bytes_are_those_that_the_format_document_describes(section):
-    item_bytes, data = section
-    codec = parse_codec("planes", item_bytes)
+    item_bytes, row_bytes, data = section
+    codec = parse_codec("planes", item_bytes, row_bytes)
     stored = encoded(codec, data)
     assert stored is None or read_section(codec.name, stored, len(data)) == data
 
 
 @pytest.mark.parametrize("item_bytes", SPECIAL)
-@pytest.mark.parametrize("words", [1, 4, 5, 63, 64, 100])
-def test_planes_worked_on_piece_by_piece_are_the_same(monkeypatch, item_bytes, words):
-    data = normal(item_bytes, words * item_bytes)
-    whole = encoded(parse_codec("planes", item_bytes), data)
-    monkeypatch.setattr(planes, "_TILE_WORDS", 5)
-    assert encoded(parse_codec("planes", item_bytes), data) == whole
-    out = bytearray(len(data))
-    parse_codec("planes", item_bytes).decode(memoryview(whole), memoryview(out))
-    assert out == data
+@pytest.mark.parametrize("row_bytes", [0, 64 * 4])
+@pytest.mark.parametrize("rows", [1, 16, 21, 100])
+def test_planes_worked_on_piece_by_piece_are_the_same(monkeypatch, item_bytes, row_bytes, rows):
+    data = (normal(item_bytes, 2 * 256 // item_bytes) * rows)[: rows * 256 + 24]
+    codec = parse_codec("planes", item_bytes, row_bytes)
+    whole = encoded(codec, data)
+    for tile_words in (5, 150):
+        monkeypatch.setattr(planes, "_TILE_WORDS", tile_words)
+        assert encoded(codec, data) == whole
+        out = bytearray(len(data))
+        codec.decode(memoryview(whole), memoryview(out))
+        assert out == data
 
 
 @pytest.mark.parametrize(("item_bytes", "ratio_min"), [(2, 1.45), (4, 1.17)])
@@ -111,51 +113,61 @@ def test_floats_of_a_bell_curve_shrink(item_bytes, ratio_min):
 def test_mantissas_of_a_bell_curve_are_stored_as_they_are():
     data = normal(2, 1 << 14)
     stored = encoded(parse_codec("planes", 2), data)
-    low, high = struct.unpack_from("<2I", stored)
+    run, low, high = struct.unpack_from("<3I", stored)
+    assert run == 1 << 13
     assert low == 1 << 14
     assert high < 0.4 * low
 
 
-@pytest.mark.parametrize("thorough", [False, True])
-def test_planes_that_look_random_are_tried_only_where_asked(thorough):
-    offered = []
+class Refusing:
+    name = "refusing"
 
-    class Refusing:
-        name = "refusing"
+    def __init__(self):
+        self.offered = []
 
-        def encode(self, host, out):
-            offered.append(len(host))
+    def encode(self, host, out):
+        self.offered.append(bytes(host[:8]))
 
+
+def test_planes_that_look_random_are_tried_only_where_rows_repeat():
+    usual, searching = Refusing(), Refusing()
+    codec = PlanesCodec(usual, 2, searching=searching, row_bytes=128)
     data = normal(2, 1 << 14)
-    assert len(encoded(PlanesCodec(Refusing(), 2, thorough=thorough), data)) == len(data) + 8
-    assert len(offered) == 1 + thorough
+    assert len(encoded(codec, data)) == len(data) + 12
+    assert (len(usual.offered), len(searching.offered)) == (1, 0)
+    encoded(codec, data[: 1 << 14] * 2)
+    assert (len(usual.offered), len(searching.offered)) == (1, 2)
+
+
+@pytest.mark.parametrize("item_bytes", SPECIAL)
+def test_rows_that_repeat_are_stored_once_if_it_is_known_how_long_a_row_is(item_bytes):
+    rows = [normal(item_bytes, 512 // item_bytes, seed) for seed in range(8)]
+    data = b"".join(random.Random(7).choices(rows, k=256))
+    known = encoded(parse_codec("planes", item_bytes, 512), data)
+    assert len(known) < 0.15 * len(data)
+    if item_bytes > 1:
+        assert len(known) < 0.5 * len(encoded(parse_codec("planes", item_bytes), data))
 
 
 def test_random_bytes_cost_no_more_than_the_table_and_do_not_fit_a_raw_section():
     data = random.Random(7).randbytes(10_001)
     for item_bytes in SPECIAL:
         codec = parse_codec("planes+zstd:1", item_bytes)
-        assert len(encoded(codec, data)) == len(data) + 4 * item_bytes
+        assert len(encoded(codec, data)) == len(data) + 4 * (item_bytes + 1)
         assert encoded(codec, data, room=-1) is None
 
 
 def test_low_bytes_that_are_no_noise_are_encoded_too():
     # Floats of 32 bits that were of 16 before.
     data = b"".join(b"\0\0" + normal(2, 1 << 14)[i : i + 2] for i in range(0, 1 << 15, 2))
-    lengths = struct.unpack_from("<4I", encoded(parse_codec("planes", 4), data))
+    lengths = struct.unpack_from("<5I", encoded(parse_codec("planes", 4), data))[1:]
     assert max(lengths[:2]) < 100
-
-
-def test_repeats_among_bytes_that_look_random_are_found_at_a_level():
-    data = random.Random(7).randbytes(8000) * 3
-    assert len(encoded(parse_codec("planes+zstd:1", 1), data)) < len(data) // 2
-    assert len(encoded(parse_codec("planes+zstd", 1), data)) > len(data)
 
 
 @given(section=sections(), short=st.integers(0, 400))
 def test_encoding_says_so_when_the_result_does_not_fit_and_never_writes_past_the_end(section, short):
-    item_bytes, data = section
-    codec = parse_codec("planes", item_bytes)
+    item_bytes, row_bytes, data = section
+    codec = parse_codec("planes", item_bytes, row_bytes)
     whole = encoded(codec, data)
     if whole is None:
         return
@@ -168,8 +180,8 @@ def test_encoding_says_so_when_the_result_does_not_fit_and_never_writes_past_the
 
 @given(section=sections(), off=st.integers(-300, 300).filter(bool))
 def test_data_of_another_length_is_a_miss(section, off):
-    item_bytes, data = section
-    codec = parse_codec("planes", item_bytes)
+    item_bytes, row_bytes, data = section
+    codec = parse_codec("planes", item_bytes, row_bytes)
     stored = encoded(codec, data)
     if stored is not None and len(data) + off >= 0:
         assert reason_of(codec, stored, len(data) + off) is MissReason.BAD_ENCODING
@@ -188,14 +200,14 @@ def test_a_section_cut_off_or_extended_anywhere_is_a_miss(item_bytes):
 
 @given(
     stored=st.binary(max_size=80),
-    table=st.lists(st.integers(0, 40) | st.integers(0, 2**32 - 1), min_size=4, max_size=4),
+    table=st.lists(st.integers(0, 40) | st.integers(0, 2**32 - 1), min_size=5, max_size=5),
     length=st.integers(0, 80),
     item_bytes=st.sampled_from(sorted(SPECIAL)),
 )
 def test_random_data_raises_nothing_but_a_miss_and_is_never_written_past_the_end(
     stored, table, length, item_bytes
 ):
-    stored = struct.pack(f"<{item_bytes}I", *table[:item_bytes]) + stored
+    stored = struct.pack(f"<{item_bytes + 1}I", *table[: item_bytes + 1]) + stored
     memory, out = guarded(length)
     with contextlib.suppress(MissError):
         parse_codec("planes", item_bytes).decode(memoryview(stored), out)
@@ -218,29 +230,52 @@ def test_a_section_damaged_anywhere_harms_no_later_one(text):
 
 
 @pytest.mark.parametrize(
-    "lengths", [(0, 1000), (1000, 0), (1001, 999), (2**32 - 1, 1), (2**31, 2**31), (500, 500), (1000, 1001)]
+    "table",
+    [
+        (500, 0, 1000),
+        (500, 1000, 0),
+        (500, 1001, 999),
+        (500, 2**32 - 1, 1),
+        (500, 2**31, 2**31),
+        (500, 1000, 1001),
+        (500, 1000, 999),
+        (0, 1000, 1000),
+        (501, 1000, 1000),
+        (2**32 - 1, 1000, 1000),
+        (2**31, 1000, 1000),
+        (1, 1000, 1000),
+        (31, 1000, 1000),
+        (250, 1000, 999),
+        (400, 1000, 1000),
+    ],
 )
-def test_a_table_that_does_not_add_up_is_a_miss_before_anything_is_decoded(lengths):
+def test_a_table_that_does_not_add_up_is_a_miss_before_anything_is_decoded(table):
     class Untouched:
         name = "untouched"
 
         def decode(self, stored, out):
             raise AssertionError("was asked to decode")
 
-    codec = PlanesCodec(Untouched(), 2, thorough=False)
-    stored = struct.pack("<2I", *lengths) + bytes(1999 if lengths == (500, 500) else 2000)
-    assert reason_of(codec, stored, 2000) is MissReason.BAD_ENCODING
+    stored = struct.pack("<3I", *table) + bytes(2000)
+    assert reason_of(PlanesCodec(Untouched(), 2), stored, 2000) is MissReason.BAD_ENCODING
+
+
+def test_a_table_that_adds_up_is_not_a_miss():
+    for run in (500, 250, 125):
+        parse_codec("planes", 2).decode(
+            memoryview(struct.pack("<3I", run, 1000, 1000) + bytes(2000)), memoryview(bytearray(2000))
+        )
 
 
 def test_a_plane_that_decodes_to_another_length_is_a_miss():
     for host_bytes in (999, 1001, 1 << 26):
         bomb = zstandard.compress(bytes(host_bytes))
-        stored = struct.pack("<2I", 1000, len(bomb)) + bytes(1000) + bomb
+        stored = struct.pack("<3I", 500, 1000, len(bomb)) + bytes(1000) + bomb
         assert reason_of(parse_codec("planes", 2), stored, 2000) is MissReason.BAD_ENCODING
 
 
 def test_one_codec_serves_many_threads_at_once():
-    codec = PlanesCodec(ZstdCodec.entropy_only(), 2, thorough=False)
+    codec = parse_codec("planes", 2)
     wrong = []
     together = threading.Barrier(4)
 
