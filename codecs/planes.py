@@ -97,8 +97,8 @@ class PlanesCodec:
         """See ByteCodec.decode."""
         shape, lengths = self._read_table(stored, len(out))
         pieces = shape.pieces(out)
-        # What is encoded comes out in scratch memory, but a single plane is the section itself.
-        room = pieces if len(pieces) == 1 else shape.pieces(self._scratch.take(len(out)))
+        # In one turn a plane has a lane's place, and each word of the one is made of the same of the other.
+        room = pieces if shape.in_place else shape.pieces(self._scratch.take(len(out)))
         planes, start = [], self._table.size
         for length, place in zip(lengths, room, strict=True):
             plane = stored[start : start + length]
@@ -175,6 +175,11 @@ class _Shape:
     def tail_bytes(self) -> int:
         """Bytes behind the last whole turn, which no plane holds."""
         return self.host_bytes - self.plane_bytes * self.item_bytes
+
+    @property
+    def in_place(self) -> bool:
+        """Whether planes, each in its piece, can be transposed to lanes where they lie."""
+        return self.item_bytes == 1 or self.run == self.host_bytes // self.item_bytes**2
 
     def pieces(self, memory: memoryview) -> list[memoryview]:
         """Room for each plane."""

@@ -23,6 +23,7 @@ SMALL = {
     "layerwise": ["--tokens", "512", "--rounds=1", "--memory-mib=128"],
     "memory": ["--load-mib=640", "--memory-mib=128"],
     "disk_tier": ["--chunks=1", "--rounds=1", "--entries=5000"],
+    "codecs": ["--sections=2", "--rounds=1"],
 }
 FIELDS = {
     "roundtrip": {"machine", "chunks", "chunk_bytes", "cases"},
@@ -34,6 +35,15 @@ FIELDS = {
         "round_trips_512",
         "warm_512_s",
         "requests_512",
+    },
+    "codecs": {
+        "machine",
+        "kv",
+        "lossless_ratio",
+        "lossless_encode_gbps",
+        "lossless_decode_gbps",
+        "codecs",
+        "peers",
     },
     "layerwise": {"machine", "cases"},
     "memory": {"machine", "peak_rss_bytes"},
@@ -47,6 +57,7 @@ FIELDS = {
         "evict_us",
     },
 }
+CODEC_FIELDS = {"ratio", "encode_gbps", "decode_gbps", "max_error"}
 CASES = {
     "roundtrip": {"backend", "codec", "save_gbps", "load_gbps", "save_cpu_s_per_gb", "load_cpu_s_per_gb"},
     "layerwise": {
