@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from kvstore.codecs.contract import ByteCodec
 from kvstore.errors import MissError, MissReason
 
-ITEM_BYTES = (1, 2, 4)
 _Words = NDArray[Any]
 # By item size: the exchanges that transpose a square of bytes held in words, as distance in bits and
 # mask of the lower part. The words that take part are `bits / 8` apart.
