@@ -1,7 +1,9 @@
-"""The ByteCodec contract: lossless transforms of a section's bytes between host and stored form."""
+"""The codec contracts: ByteCodec, and CodecFamily, by which the registry knows one."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 
@@ -13,7 +15,7 @@ class ByteCodec(Protocol):
 
     @property
     def name(self) -> str:
-        """Registry name, as written into headers: what a reader needs to find the decoder."""
+        """As written into headers: all that a reader needs to find the decoder."""
         ...
 
     def encode(self, host: memoryview, out: memoryview) -> int | None:
@@ -30,3 +32,21 @@ class ByteCodec(Protocol):
         MissError(BAD_ENCODING) for data that is damaged or of another length.
         """
         ...
+
+
+@dataclass(frozen=True)
+class CodecFamily:
+    """The byte codecs of one name; what an entry point of the group `kvstore.codecs` loads to.
+
+    name      letters, digits and underscores; stands in settings, and in headers as codec name
+    make      the codec at a level, None for the default; raises MisconfiguredError out of range
+    takes     what may follow the name and a colon, for people; empty for nothing: no level is passed
+    about     one line for people
+    bare      the codec for planes of floats where no level is set; None: `make` at its default
+    """
+
+    name: str
+    make: Callable[[int | None], ByteCodec]
+    about: str
+    takes: str = ""
+    bare: Callable[[], ByteCodec] | None = None

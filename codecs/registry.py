@@ -1,41 +1,169 @@
-"""Which byte codecs there are, and how their names are parsed."""
+"""Which codecs there are, how settings name them, and which one decodes what a header names.
+
+A codec string is `none`, a byte codec such as `zstd:3`, or `planes+` and a byte codec. Byte codecs
+are those of this package and those that other packages offer by an entry point of the group
+`kvstore.codecs`, which loads to a `CodecFamily` of the entry point's name.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 
-from kvstore.codecs.contract import ByteCodec
-from kvstore.codecs.zstd import ZstdCodec
+from kvstore.codecs.contract import ByteCodec, CodecFamily
+from kvstore.codecs.lz4 import LZ4
+from kvstore.codecs.zstd import ZSTD
 from kvstore.errors import MisconfiguredError, MissError, MissReason
 
 RAW = "none"
+PLANES = "planes"
+GROUP = "kvstore.codecs"
+LOSSLESS = "lossless"
 _LEVEL = re.compile(r"-?[0-9]{1,10}\Z")
-_ENCODERS: dict[str, Callable[[int | None], ByteCodec]] = {"zstd": ZstdCodec}
-_DECODERS: dict[str, ByteCodec] = {name: make(None) for name, make in _ENCODERS.items()}
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}\Z")
+_PLANES_OF = re.compile(r"planes([124])\+([a-z0-9_]+)\Z")
+_FAMILIES = {family.name: family for family in (LZ4, ZSTD)}
+# By the name in headers; others join when a header or a setting first names them.
+_DECODERS: dict[str, ByteCodec] = {name: family.make(None) for name, family in _FAMILIES.items()}
 
 
-def parse_codec(text: str) -> ByteCodec | None:
-    """The codec that a setting such as `zstd:3` names; None for `none`.
+@dataclass(frozen=True)
+class CodecRow:
+    """What `kvstore codecs` says of one codec.
 
-    Raises MisconfiguredError for an unknown name or a level out of range.
+    codec     what a setting says
+    takes     what may follow it
+    fidelity  `lossless`: every bit comes back. A lossy codec's own name would stand here, and in
+              the namespace of what is stored with it
+    origin    the distribution it comes from
+    """
+
+    codec: str
+    takes: str
+    fidelity: str
+    about: str
+    origin: str
+
+
+def parse_codec(text: str, item_bytes: int = 1, row_bytes: int = 0) -> ByteCodec | None:
+    """The codec that a setting such as `planes+zstd:1` names; None for `none`.
+
+    item_bytes  size of the elements that sections hold, by which planes are split
+    row_bytes   what repeats in a section where tokens do; 0 where nobody knows
+
+    Raises MisconfiguredError for an unknown name, or a level that is out of range or not taken.
     """
     if text == RAW:
         return None
-    name, colon, level = text.partition(":")
-    make = _ENCODERS.get(name)
-    if make is None or (colon and not _LEVEL.match(level)):
-        known = ", ".join([RAW, *(f"{known}[:LEVEL]" for known in sorted(_ENCODERS))])
-        raise MisconfiguredError(f"codec {text!r} is unknown; known: {known}")
-    return make(int(level) if colon else None)
+    first, plus, rest = text.partition("+")
+    if first != PLANES:
+        return _parse_family(text)
+    inner = rest if plus else ZSTD.name
+    searching = _parse_family(inner, text)
+    name, colon, _ = inner.partition(":")
+    bare = _family(name).bare
+    usual = searching if colon or bare is None else bare()
+    return _planes(usual, item_bytes, searching=searching, row_bytes=row_bytes)
 
 
 def decoder(name: str) -> ByteCodec:
     """The codec that decodes sections whose header says `name`. Raises MissError(UNKNOWN_CODEC)."""
+    found = _DECODERS.get(name)
+    if found is not None:
+        return found
     try:
-        return _DECODERS[name]
-    except KeyError:
+        found = _DECODERS[name] = _make_decoder(name)
+    except (KeyError, MisconfiguredError) as error:
+        why = f"; {error}" if isinstance(error, MisconfiguredError) else ""
         raise MissError(
             MissReason.UNKNOWN_CODEC,
-            f"codec {name[:40]!r} is unknown to this version; known: {', '.join(sorted(_DECODERS))}",
+            f"codec {name[:40]!r} is unknown here; known: {', '.join(_names())}{why}",
         ) from None
+    return found
+
+
+def known_codecs() -> Iterator[CodecRow]:
+    """Every codec that a setting can name. One that another package offers and that fails says why."""
+    yield CodecRow(RAW, "", LOSSLESS, "sections are stored as they are", "kvstore")
+    for family in _FAMILIES.values():
+        yield CodecRow(family.name, family.takes, LOSSLESS, family.about, "kvstore")
+    about = "for floats: bytes that compress apart from those that do not; alone it means planes+zstd"
+    yield CodecRow(PLANES, "+CODEC, one of the others", LOSSLESS, about, "kvstore")
+    for name, entry in _offered().items():
+        origin = entry.dist.name if entry.dist else "unknown"
+        try:
+            family = _load(name)
+        except MisconfiguredError as error:
+            yield CodecRow(name, "", LOSSLESS, f"cannot be used: {error}", origin)
+        else:
+            yield CodecRow(name, family.takes, LOSSLESS, family.about, origin)
+
+
+def _parse_family(part: str, whole: str | None = None) -> ByteCodec:
+    text = part if whole is None else whole
+    name, colon, level = part.partition(":")
+    try:
+        family = _family(name)
+    except KeyError:
+        raise MisconfiguredError(f"codec {text!r} is unknown; known: {_known()}") from None
+    if colon and not family.takes:
+        raise MisconfiguredError(f"codec {text!r}: {name} takes no level; known: {_known()}")
+    if colon and not _LEVEL.match(level):
+        raise MisconfiguredError(f"codec {text!r}: {name} takes {family.takes}; known: {_known()}")
+    return family.make(int(level) if colon else None)
+
+
+def _make_decoder(name: str) -> ByteCodec:
+    split = _PLANES_OF.match(name)
+    if split is None:
+        return _family(name).make(None)
+    return _planes(_family(split[2]).make(None), int(split[1]))
+
+
+def _planes(
+    inner: ByteCodec, item_bytes: int, *, searching: ByteCodec | None = None, row_bytes: int = 0
+) -> ByteCodec:
+    # Needs numpy, which a store without planes does not load.
+    from kvstore.codecs.planes import PlanesCodec
+
+    return PlanesCodec(inner, item_bytes, searching=searching, row_bytes=row_bytes)
+
+
+def _family(name: str) -> CodecFamily:
+    """Raises KeyError where there is none, MisconfiguredError for one that does not load."""
+    return _FAMILIES[name] if name in _FAMILIES else _load(name)
+
+
+@cache
+def _offered() -> dict[str, EntryPoint]:
+    """Codecs of other packages by name; none of them takes the place of one of ours."""
+    ours = {RAW, PLANES, *_FAMILIES}
+    found = sorted(entry_points(group=GROUP), key=lambda entry: entry.name)
+    return {entry.name: entry for entry in found if entry.name not in ours and _NAME.match(entry.name)}
+
+
+@cache
+def _load(name: str) -> CodecFamily:
+    entry = _offered()[name]
+    try:
+        family = entry.load()
+    except Exception as error:
+        # Foreign code: whatever it raises, the codec cannot be used.
+        raise MisconfiguredError(f"codec {name!r} ({entry.value}) does not load: {error!r}") from None
+    # Headers name the codec by its own name, and readers find it by the entry point's.
+    if not isinstance(family, CodecFamily) or not name == family.name == family.make(None).name:
+        raise MisconfiguredError(f"codec {name!r} ({entry.value}) is no CodecFamily of that name")
+    return family
+
+
+def _names() -> list[str]:
+    return sorted([*_FAMILIES, *_offered()])
+
+
+def _known() -> str:
+    """The codec strings there are, without loading what other packages offer."""
+    texts = (f"{name}[:LEVEL]" if name in _FAMILIES and _FAMILIES[name].takes else name for name in _names())
+    return ", ".join([RAW, *texts, f"{PLANES}[+CODEC]"])

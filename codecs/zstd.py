@@ -6,10 +6,13 @@ import threading
 
 import zstandard
 
+from kvstore.codecs.contract import CodecFamily
 from kvstore.errors import MisconfiguredError, MissError, MissReason
 
 LEVEL_DEFAULT = 1
 _WINDOW_BYTES_MIN = 1 << 10
+# A block has its own Huffman codes, and is no larger than this, nor than the window.
+_BLOCK_LOG = 17
 
 
 class _Contexts(threading.local):
@@ -27,6 +30,7 @@ class ZstdCodec:
     """One zstd frame per section. Contexts are reused per thread; both calls release the GIL."""
 
     name = "zstd"
+    _parameters: zstandard.ZstdCompressionParameters | None = None
 
     def __init__(self, level: int | None = None) -> None:
         self._level = LEVEL_DEFAULT if level is None else level
@@ -35,6 +39,26 @@ class ZstdCodec:
                 f"codec zstd:{self._level}: the level is a number from 1 to {zstandard.MAX_COMPRESSION_LEVEL}"
             )
         self._threads = _Contexts()
+
+    @classmethod
+    def entropy_only(cls) -> ZstdCodec:
+        """Huffman codes and hardly any search for repeats: for planes of floats, which have none to find.
+
+        The frames are those of any other level, and a third of their time to write.
+        """
+        codec = cls()
+        # The shortest search that zstd offers: its smallest hash table, its longest minimal match. Levels
+        # below 0 search less still, but leave out the Huffman codes.
+        codec._parameters = zstandard.ZstdCompressionParameters(
+            strategy=zstandard.STRATEGY_FAST,
+            window_log=_BLOCK_LOG,
+            hash_log=zstandard.HASHLOG_MIN,
+            chain_log=zstandard.CHAINLOG_MIN,
+            search_log=zstandard.SEARCHLOG_MIN,
+            min_match=zstandard.MINMATCH_MAX,
+            target_length=0,
+        )
+        return codec
 
     def encode(self, host: memoryview, out: memoryview) -> int | None:
         """See ByteCodec.encode."""
@@ -60,7 +84,11 @@ class ZstdCodec:
 
     def _compressor(self) -> zstandard.ZstdCompressor:
         if self._threads.compressor is None:
-            self._threads.compressor = zstandard.ZstdCompressor(level=self._level)
+            self._threads.compressor = (
+                zstandard.ZstdCompressor(level=self._level)
+                if self._parameters is None
+                else zstandard.ZstdCompressor(compression_params=self._parameters)
+            )
         return self._threads.compressor
 
     def _decompressor(self, host_bytes: int) -> zstandard.ZstdDecompressor:
@@ -83,3 +111,12 @@ def _fill(
             break
         done += step
     return done
+
+
+ZSTD = CodecFamily(
+    "zstd",
+    ZstdCodec,
+    "general purpose",
+    takes=f"LEVEL 1 to {zstandard.MAX_COMPRESSION_LEVEL}, default {LEVEL_DEFAULT}",
+    bare=ZstdCodec.entropy_only,
+)

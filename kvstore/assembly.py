@@ -121,7 +121,8 @@ class Assembler:
             )
         with _allocating("KVSTORE_UPLOAD_CONCURRENCY", settings.upload_concurrency):
             buffers = settings.upload_concurrency + JOURNAL_PLACES
-            self._writer = ChunkWriter(form, parse_codec(settings.codec), buffers)
+            codec = parse_codec(settings.codec, form.layout.dtype.itemsize, form.row_bytes)
+            self._writer = ChunkWriter(form, codec, buffers)
         self._disk = self._disk_tier()
         self._presence = Presence(settings.presence_ttl_s)
 

@@ -5,6 +5,7 @@ Everything here is arithmetic on frozen values: no I/O, no tensors.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -198,6 +199,17 @@ class ChunkForm:
     def section_bytes(self) -> int:
         """Host bytes of one section, without padding."""
         return sum(self.plane_bytes)
+
+    @cached_property
+    def row_bytes(self) -> int:
+        """Bytes that one token has in a row, in every plane and page; 0 for opaque pages.
+
+        Where values depend on the token alone, as in a model's first layer, rows repeat as tokens do.
+        """
+        if self.layout.is_opaque:
+            return 0
+        rows = self.layout.token_bytes(self.shard)
+        return math.gcd(*rows) // (self.shard.heads if self.layout.page_form == "hnd" else 1)
 
     @cached_property
     def align(self) -> int:

@@ -130,7 +130,9 @@ class Settings(BaseSettings):
         description="a size such as 16GiB: what chunks yet to be uploaded may take in KVSTORE_DISK_DIR",
     )
     codec: Annotated[str, AfterValidator(_check_codec)] = Field(
-        "none", description="none, zstd or zstd:LEVEL: how sections are compressed when saved"
+        "none",
+        description="none, lz4, zstd, zstd:LEVEL, planes+zstd (for floats) or another that `kvstore codecs` "
+        "lists: how sections are compressed when saved",
     )
     chunk_tokens: Annotated[int, BeforeValidator(_no_bool), Field(ge=1, le=1 << 20)] = Field(
         256, description="tokens of one stored chunk, a whole number of the engine's pages"

@@ -52,6 +52,15 @@ def config(call: Call) -> ExitCode:
 
 @app.command()
 @node_command
+def codecs(call: Call) -> ExitCode:
+    """Codecs that KVSTORE_CODEC can name, and what each guarantees."""
+    from kvstore.cli.codecs import list_codecs
+
+    return list_codecs(call)
+
+
+@app.command()
+@node_command
 def doctor(call: Call) -> ExitCode:
     """Try live whether the store does what kvstore needs of it, and say how to mend what does not.
 

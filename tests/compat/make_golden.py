@@ -1,12 +1,14 @@
 """Writes the golden objects of the current format version: `python tests/compat/make_golden.py`.
 
-Run once per format version, before its release. Golden objects are read forever and never written
-again, so this refuses to overwrite any. Page bytes come from `golden_section`, which never changes.
+Run before a release that can write objects of another kind. Golden objects are read forever and never
+written again: this adds those that are not there yet, and refuses to overwrite any. Page bytes come
+from `golden_section`, which never changes for a name that has an object.
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
 import json
 import sys
@@ -53,6 +55,15 @@ ATTENTION = KVLayout(
 LATENT = KVLayout(
     layers=3, kv_heads=1, head_dim=64, dtype=DType.FLOAT16, page_form="mla", page_tokens=6, chunk_tokens=12
 )
+ROWS = KVLayout(
+    layers=3,
+    kv_heads=4,
+    head_dim=64,
+    dtype=DType.BFLOAT16,
+    page_form="hnd",
+    page_tokens=4,
+    chunk_tokens=12,
+)
 OPAQUE = KVLayout(
     layers=2,
     kv_heads=1,
@@ -70,15 +81,35 @@ GOLDEN = (
     # Odd layers do not compress, so the codec leaves them as they are.
     Golden("zstd-mixed", "zstd:19", ATTENTION, Shard(0, 4)),
     Golden("zstd-opaque", "zstd", OPAQUE, Shard(0, 1)),
+    Golden("lz4", "lz4", LATENT, Shard(0, 1)),
+    Golden("planes", "planes", ATTENTION, Shard(0, 4)),
+    Golden("planes-float32", "planes", dataclasses.replace(ATTENTION, dtype=DType.FLOAT32), Shard(0, 4)),
+    Golden("planes-float8", "planes", dataclasses.replace(ATTENTION, dtype=DType.FLOAT8_E4M3), Shard(1, 3)),
+    Golden("planes-lz4", "planes+lz4", ATTENTION, Shard(0, 4)),
+    Golden("planes-rows", "planes", ROWS, Shard(0, 4)),
+    # Sections of an odd length, so that some bytes stand behind the planes.
+    Golden("planes-opaque", "planes", dataclasses.replace(OPAQUE, dtype=DType.BFLOAT16), Shard(0, 1)),
 )
 
 
 def golden_section(golden: Golden, layer: int, length: int) -> bytes:
-    """The page bytes of one layer: SHA-256 in counter mode; in layers that compress, 8 bytes repeated."""
+    """The page bytes of one layer: SHA-256 in counter mode; in layers that compress, 8 bytes repeated.
+
+    For planes, as floats have it: every element's highest byte is one of four; or rows that repeat.
+    """
     seed = f"{golden.name} {layer}".encode()
     stream = b"".join(
         hashlib.sha256(seed + i.to_bytes(4, "little")).digest() for i in range(length // 32 + 1)
     )
+    if golden.name == "planes-rows":
+        return b"".join(stream[:384][byte % 3 * 128 : byte % 3 * 128 + 128] for byte in stream)[:length]
+    if golden.codec == "planes":
+        item_bytes = golden.layout.dtype.itemsize
+        highest = bytes(0x3D + byte % 4 for byte in stream[item_bytes - 1 :: item_bytes])
+        return b"".join(
+            stream[i * item_bytes : (i + 1) * item_bytes - 1] + highest[i : i + 1]
+            for i in range(len(highest))
+        )[:length]
     compresses = golden.codec != "none" and not (golden.name == "zstd-mixed" and layer % 2)
     return (stream[:8] * length if compresses else stream)[:length]
 
@@ -124,12 +155,13 @@ def make(golden: Golden) -> tuple[str, bytes]:
 def main() -> int:
     folder = HERE / f"v{VERSION}"
     index = folder / "index.json"
-    if index.exists():
-        sys.stderr.write(f"{index} exists: golden objects are never written again\n")
+    entries = json.loads(index.read_text()) if index.exists() else {}
+    missing = [golden for golden in GOLDEN if golden.name not in entries]
+    if not missing:
+        sys.stderr.write(f"{index} has them all: golden objects are never written again\n")
         return 1
     folder.mkdir(exist_ok=True)
-    entries = {}
-    for golden in GOLDEN:
+    for golden in missing:
         name, data = make(golden)
         with (folder / f"{golden.name}.kvc").open("xb") as file:
             file.write(data)

@@ -44,7 +44,7 @@ LIMITS = {
 
 
 @pytest.mark.parametrize("limits", LIMITS)
-@pytest.mark.parametrize("codec", ["none", "zstd", "zstd:19"])
+@pytest.mark.parametrize("codec", ["none", "zstd", "zstd:19", "lz4", "planes"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_one_store_saved_another_loads_bit_by_bit(opened, monkeypatch, layout, codec, limits):
     monkeypatch.setattr(kvstore.assembly, "FetchLimits", lambda: LIMITS[limits])

@@ -24,6 +24,7 @@ SMALL = {
     "memory": ["--load-mib=640", "--memory-mib=128"],
     "disk_tier": ["--chunks=1", "--rounds=1", "--entries=5000"],
     "write_path": ["--quick", "--without", "obstore"],
+    "codecs": ["--sections=2", "--rounds=1"],
 }
 FIELDS = {
     "roundtrip": {"machine", "chunks", "chunk_bytes", "cases"},
@@ -35,6 +36,15 @@ FIELDS = {
         "round_trips_512",
         "warm_512_s",
         "requests_512",
+    },
+    "codecs": {
+        "machine",
+        "kv",
+        "lossless_ratio",
+        "lossless_encode_gbps",
+        "lossless_decode_gbps",
+        "codecs",
+        "peers",
     },
     "layerwise": {"machine", "cases"},
     "memory": {"machine", "peak_rss_bytes"},
@@ -49,6 +59,7 @@ FIELDS = {
     },
     "write_path": {"machine", "sizes", "copies_per_byte", "save_call_p99_s", "save_call_full_p99_s"},
 }
+CODEC_FIELDS = {"ratio", "encode_gbps", "decode_gbps", "max_error"}
 CASES = {
     "roundtrip": {"backend", "codec", "save_gbps", "load_gbps", "save_cpu_s_per_gb", "load_cpu_s_per_gb"},
     "layerwise": {

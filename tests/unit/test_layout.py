@@ -126,3 +126,23 @@ def test_sections_start_at_a_multiple_of_4096_after_the_header(layers):
 def test_raw_objects_are_a_header_and_the_host_form():
     assert FORM.raw_bytes == FORM.header_bytes + FORM.layers * FORM.stride
     assert FORM.header_bytes == stored_header_bytes(FORM.layers)
+
+
+@pytest.mark.parametrize(
+    ("changes", "row_bytes"),
+    [
+        ({"page_form": "nhd"}, 3 * 64 * 2),
+        ({"page_form": "hnd"}, 64 * 2),
+        ({"page_form": "nhd", "value_dim": 48}, 3 * 16 * 2),
+        ({"page_form": "hnd", "value_dim": 48}, 16 * 2),
+        ({"page_form": "mla", "kv_heads": 1}, 64 * 2),
+        ({"page_form": "opaque:x", "page_bytes": 777}, 0),
+    ],
+)
+def test_rows_line_up_with_the_tokens_of_every_plane(changes, row_bytes):
+    fields = {"layers": 2, "kv_heads": 4, "head_dim": 64, "dtype": DType.BFLOAT16, "page_tokens": 4} | changes
+    layout = KVLayout(**fields)
+    form = ChunkForm(layout, Shard(0, min(3, layout.kv_heads)))
+    assert form.row_bytes == row_bytes
+    if row_bytes:
+        assert all(plane_bytes % row_bytes == 0 for plane_bytes in form.plane_bytes)

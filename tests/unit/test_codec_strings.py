@@ -1,0 +1,193 @@
+import sys
+
+import pytest
+
+from kvstore.codecs import registry
+from kvstore.codecs.registry import decoder, known_codecs, parse_codec
+from kvstore.errors import MisconfiguredError, MissError, MissReason
+from kvstore.settings import Settings
+
+PLUGIN = """
+from kvstore.codecs.contract import CodecFamily
+from kvstore.errors import MisconfiguredError, MissError, MissReason
+
+class Inverted:
+    name = "inverted"
+    def __init__(self, level=None):
+        if level not in (None, 1):
+            raise MisconfiguredError("codec inverted: the level is 1")
+    def encode(self, host, out):
+        if len(out) < len(host):
+            return None
+        out[:len(host)] = bytes(byte ^ 255 for byte in host)
+        return len(host)
+    def decode(self, stored, out):
+        if len(stored) != len(out):
+            raise MissError(MissReason.BAD_ENCODING, "inverted: another length")
+        out[:] = bytes(byte ^ 255 for byte in stored)
+
+INVERTED = CodecFamily("inverted", Inverted, "every bit the other way round", takes="LEVEL 1")
+OTHER_NAME = INVERTED
+NO_FAMILY = Inverted
+"""
+ENTRY_POINTS = """
+[kvstore.codecs]
+inverted = kvstore_test_plugin:INVERTED
+zstd = kvstore_test_plugin:INVERTED
+other_name = kvstore_test_plugin:OTHER_NAME
+no_family = kvstore_test_plugin:NO_FAMILY
+not_there = kvstore_test_plugin:NOT_THERE
+no_module = kvstore_test_plugin_of_nobody:X
+Bad-Name = kvstore_test_plugin:INVERTED
+"""
+BROKEN = ["other_name", "no_family", "not_there", "no_module"]
+
+
+@pytest.fixture
+def plugin(tmp_path, monkeypatch):
+    """Another package that offers codecs, as an installed distribution."""
+    info = tmp_path / "kvstore_test_plugin-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kvstore-test-plugin\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(ENTRY_POINTS)
+    (tmp_path / "kvstore_test_plugin.py").write_text(PLUGIN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(registry, "_DECODERS", dict(registry._DECODERS))
+    for cached in (registry._offered, registry._load):
+        cached.cache_clear()
+    yield
+    for cached in (registry._offered, registry._load):
+        cached.cache_clear()
+    sys.modules.pop("kvstore_test_plugin", None)
+
+
+def test_none_means_no_codec():
+    assert parse_codec("none") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("lz4", "lz4"),
+        ("zstd", "zstd"),
+        ("zstd:22", "zstd"),
+        ("planes", "planes2+zstd"),
+        ("planes+zstd", "planes2+zstd"),
+        ("planes+zstd:3", "planes2+zstd"),
+        ("planes+lz4", "planes2+lz4"),
+    ],
+)
+def test_a_codec_string_gives_a_codec_whose_name_finds_the_decoder(text, name):
+    assert parse_codec(text, 2).name == name
+    assert decoder(name).name == name
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "gzip",
+        "ZSTD",
+        "none:1",
+        "zstd:",
+        "zstd:x",
+        "zstd:1.5",
+        "zstd:-",
+        "zstd:--1",
+        "zstd: 1",
+        "zstd:1:2",
+        "lz4:1",
+        "planes:1",
+        "planes+",
+        "planes+none",
+        "planes+gzip",
+        "planes+planes",
+        "planes+planes+zstd",
+        "planes+zstd:",
+        "planes+lz4:1",
+        "zstd+planes",
+        "zstd+lz4",
+        "planes2+zstd",
+        "+zstd",
+    ],
+)
+def test_an_unknown_codec_is_refused_with_those_that_are_known(text):
+    with pytest.raises(MisconfiguredError, match=r"none, lz4, zstd\[:LEVEL\], planes\[\+CODEC\]"):
+        parse_codec(text)
+
+
+@pytest.mark.parametrize("level", [0, -1, 23, 10**9])
+def test_a_level_out_of_range_is_refused_with_the_range(level):
+    with pytest.raises(MisconfiguredError, match="from 1 to 22"):
+        parse_codec(f"zstd:{level}")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "none",
+        "zstd:1",
+        "planes",
+        "planes+zstd",
+        "planes3+zstd",
+        "planes2+none",
+        "planes2+zstd:1",
+        "x" * 64,
+    ],
+)
+def test_a_header_that_names_an_unknown_codec_is_a_miss(name):
+    with pytest.raises(MissError) as error:
+        decoder(name)
+    assert error.value.reason is MissReason.UNKNOWN_CODEC
+
+
+@pytest.mark.usefixtures("plugin")
+@pytest.mark.parametrize("text", ["inverted", "inverted:1", "planes+inverted"])
+def test_a_codec_of_another_package_encodes_and_decodes(text):
+    data = bytes(range(64))
+    codec = parse_codec(text, 4)
+    stored, out = bytearray(100), bytearray(64)
+    length = codec.encode(memoryview(data), memoryview(stored))
+    decoder(codec.name).decode(memoryview(stored)[:length], memoryview(out))
+    assert out == data
+
+
+@pytest.mark.usefixtures("plugin")
+def test_a_codec_of_another_package_can_be_set():
+    assert Settings(codec="planes+inverted").codec == "planes+inverted"
+    with pytest.raises(ValueError, match="the level is 1"):
+        Settings(codec="inverted:2")
+
+
+@pytest.mark.usefixtures("plugin")
+def test_another_package_cannot_take_the_place_of_a_codec_of_ours():
+    assert type(parse_codec("zstd")).__module__ == "kvstore.codecs.zstd"
+    assert type(decoder("zstd")).__module__ == "kvstore.codecs.zstd"
+
+
+@pytest.mark.usefixtures("plugin")
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_codec_of_another_package_that_fails_is_refused_in_settings_and_a_miss_in_headers(name):
+    with pytest.raises(MisconfiguredError, match=name):
+        parse_codec(name)
+    with pytest.raises(MissError) as error:
+        decoder(name)
+    assert error.value.reason is MissReason.UNKNOWN_CODEC
+
+
+@pytest.mark.usefixtures("plugin")
+def test_an_unknown_codec_is_refused_with_those_of_other_packages_too():
+    with pytest.raises(MisconfiguredError, match="inverted"):
+        parse_codec("gzip")
+
+
+@pytest.mark.usefixtures("plugin")
+def test_every_known_codec_is_listed_with_where_it_comes_from():
+    rows = {row.codec: row for row in known_codecs()}
+    assert set(rows) == {"none", "lz4", "zstd", "planes", "inverted", *BROKEN}
+    assert rows["inverted"].origin == "kvstore-test-plugin"
+    assert rows["zstd"].origin == "kvstore"
+    assert {row.fidelity for row in rows.values()} == {"lossless"}
+    for name in BROKEN:
+        assert "cannot be used" in rows[name].about
