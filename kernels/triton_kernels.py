@@ -1,0 +1,117 @@
+"""The kernel behind `TritonPageCopier`: pages to sections or back, by addresses, in units of bytes.
+
+One launch serves all chunks and planes of a layer. Sections may be host memory that the GPU reaches
+over the bus: some dozens of programs, each with a few KiB under way, keep the bus busy.
+
+table  int64: for each plane its address, the bytes from one page to the next, and the units from one
+       step to the next on each of three axes of a page; then the address of each chunk's section;
+       then the page ids, chunk after chunk
+
+A page is D0 x D1 x D2 runs of RUN contiguous units of UNIT bytes (1, 2, 4, 8 or 16). Addresses and
+strides are multiples of UNIT, so that one access takes that many bytes.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+PLANE_FIELDS = 5
+_FIELDS = tl.constexpr(PLANE_FIELDS)
+
+
+@triton.jit
+def _words_at(address, UNIT: tl.constexpr):
+    """A pointer to words; a unit of 16 bytes is two of them, which are moved in one access."""
+    if UNIT >= 8:
+        words = address.to(tl.pointer_type(tl.int64))
+    elif UNIT == 4:
+        words = address.to(tl.pointer_type(tl.int32))
+    elif UNIT == 2:
+        words = address.to(tl.pointer_type(tl.int16))
+    else:
+        words = address.to(tl.pointer_type(tl.int8))
+    return tl.multiple_of(words, UNIT)
+
+
+@triton.jit
+def _copy_tile(
+    plane,
+    sections,
+    ids,
+    tile,
+    OFFSET: tl.constexpr,
+    TO_PAGES: tl.constexpr,
+    PAGES: tl.constexpr,
+    UNIT: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    RUN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Copy tile `tile` of a plane: BLOCK words of one page. `plane` points to its fields of the table.
+
+    OFFSET is where the plane begins in a section, in bytes.
+    """
+    LANES: tl.constexpr = 2 if UNIT == 16 else 1
+    PAGE_BYTES: tl.constexpr = D0 * D1 * D2 * RUN * UNIT
+    PAGE_WORDS: tl.constexpr = D0 * D1 * D2 * RUN * LANES
+    RUN_WORDS: tl.constexpr = RUN * LANES
+    PAGE_TILES: tl.constexpr = (PAGE_WORDS + BLOCK - 1) // BLOCK
+    number = tile // PAGE_TILES
+    word = (tile % PAGE_TILES) * BLOCK + tl.arange(0, BLOCK)
+    section = tl.load(sections + number // PAGES) + OFFSET + (number % PAGES).to(tl.int64) * PAGE_BYTES
+    page = tl.load(plane) + tl.load(ids + number) * tl.load(plane + 1)
+    run = word // RUN_WORDS
+    units = (run // (D1 * D2)) * tl.load(plane + 2)
+    units += (run // D2) % D1 * tl.load(plane + 3)
+    units += run % D2 * tl.load(plane + 4)
+    in_page = _words_at(page, UNIT) + units * LANES + word % RUN_WORDS
+    in_section = _words_at(section, UNIT) + word
+    if PAGE_WORDS % BLOCK == 0:
+        if TO_PAGES:
+            tl.store(in_page, tl.load(in_section))
+        else:
+            tl.store(in_section, tl.load(in_page))
+    else:
+        there = word < PAGE_WORDS
+        if TO_PAGES:
+            tl.store(in_page, tl.load(in_section, mask=there), mask=there)
+        else:
+            tl.store(in_section, tl.load(in_page, mask=there), mask=there)
+
+
+@triton.jit
+def copy_pages(
+    table,
+    chunks,
+    TO_PAGES: tl.constexpr,
+    PLANES: tl.constexpr,
+    PAGES: tl.constexpr,
+    UNIT: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    K_D2: tl.constexpr,
+    K_RUN: tl.constexpr,
+    V_D2: tl.constexpr,
+    V_RUN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Copy `chunks` chunks of PAGES pages each, in any number of programs."""
+    LANES: tl.constexpr = 2 if UNIT == 16 else 1
+    K_TILES: tl.constexpr = (D0 * D1 * K_D2 * K_RUN * LANES + BLOCK - 1) // BLOCK
+    V_TILES: tl.constexpr = (D0 * D1 * V_D2 * V_RUN * LANES + BLOCK - 1) // BLOCK
+    V_OFFSET: tl.constexpr = PAGES * D0 * D1 * K_D2 * K_RUN * UNIT
+    sections = table + PLANES * _FIELDS
+    ids = sections + chunks
+    tiles = chunks * PAGES * K_TILES
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        _copy_tile(table, sections, ids, tile, 0, TO_PAGES, PAGES, UNIT, D0, D1, K_D2, K_RUN, BLOCK)
+    if PLANES > 1:
+        plane = table + _FIELDS
+        tiles = chunks * PAGES * V_TILES
+        for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+            _copy_tile(
+                plane, sections, ids, tile, V_OFFSET, TO_PAGES, PAGES, UNIT, D0, D1, V_D2, V_RUN, BLOCK
+            )
