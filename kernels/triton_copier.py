@@ -12,7 +12,6 @@ import math
 import threading
 from array import array
 from collections.abc import Sequence
-from itertools import chain
 
 import torch
 import triton
@@ -168,7 +167,10 @@ class TritonPageCopier:
     ) -> None:
         """Queue the kernel on the current stream, for sections that the device reaches at `addresses`."""
         grid = PageGrid.of(planes, math.gcd(*addresses))
-        table = torch.frombuffer(array("q", chain(grid.fields, addresses, ids)), dtype=torch.int64)
+        fields = array("q", grid.fields)
+        fields.extend(addresses)
+        fields.extend(ids)
+        table = torch.frombuffer(fields, dtype=torch.int64)
         if planes[0].is_cuda:
             table = table.pin_memory().to(planes[0].device, non_blocking=True)
         tile = min(_TILE_WORDS_MAX, triton.next_power_of_2(grid.page_words))

@@ -82,7 +82,7 @@ def _copy_tile(
             tl.store(in_section, tl.load(in_page, mask=there), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def copy_pages(
     table,
     chunks,

@@ -72,8 +72,14 @@ class CacheSource:
 
     def gather(self, index: int, sections: Sequence[memoryview]) -> None:
         """See PageSource.gather."""
-        for pages, section in zip(self._layers, sections, strict=True):
-            self._copier.gather(pages, [[index]], [section])
+        copies = []
+        try:
+            for pages, section in zip(self._layers, sections, strict=True):
+                copies.append(self._copier.begin_gather(pages, [[index]], [section]))
+        finally:
+            # Also after an error: the sections are the store's again.
+            for copy in copies:
+                copy.wait()
 
 
 def chunk_pages(layer: DynamicLayer, row: int, chunk_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:

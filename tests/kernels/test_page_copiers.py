@@ -5,6 +5,7 @@ Without a GPU the Triton one runs under Triton's interpreter; with one, both run
 
 from __future__ import annotations
 
+import mmap
 import os
 import struct
 import threading
@@ -48,7 +49,8 @@ class Kind:
 
     @contextmanager
     def host_memory(self, content: bytes) -> Iterator[memoryview]:
-        memory = memoryview(bytearray(content))
+        memory = memoryview(mmap.mmap(-1, len(content)) if self.locked else bytearray(len(content)))
+        memory[:] = content
         unlock = page_lock(memory) if self.locked else None
         assert self.locked == (unlock is not None)
         try:
