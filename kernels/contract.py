@@ -65,6 +65,19 @@ class PageCopier(Protocol):
         """Begin to copy pages into sections. A stream that waits for the copy may reuse the pages."""
         ...
 
+    def gather_layers(
+        self,
+        layers: Sequence[Sequence[torch.Tensor]],
+        page_ids: Sequence[Sequence[int]],
+        sections: Sequence[Sequence[memoryview]],
+    ) -> None:
+        """Copy the same pages of several layers, of `layers` the planes each, into each one's sections.
+
+        Much quicker than a gather for each layer where a call has few pages, as with one chunk.
+        Layers may be on several devices. When it returns, the pages may be reused.
+        """
+        ...
+
     def scatter(
         self,
         sections: Sequence[memoryview],

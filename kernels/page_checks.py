@@ -26,6 +26,8 @@ class PageChecks:
         layout = form.layout
         self.dtype: torch.dtype = torch.uint8 if layout.is_opaque else getattr(torch, str(layout.dtype))
         self.page_shapes = _page_shapes(form)
+        # Layer after layer comes with the same ids: what is known of them is kept.
+        self._last = PageIds([])
 
     def check_gather(
         self,
@@ -38,7 +40,7 @@ class PageChecks:
         for number, section in enumerate(sections):
             if section.readonly:
                 raise MisconfiguredError(f"section {number} is read-only memory: a gather writes to it")
-        return ids
+        return ids.flat
 
     def check_scatter(
         self,
@@ -55,23 +57,21 @@ class PageChecks:
                     f"plane {number} has shape {tuple(plane.shape)} and strides {plane.stride()}: its"
                     " elements share memory, so pages cannot be written"
                 )
-        if len(set(ids)) != len(ids):
-            twice = next(page for page in ids if ids.count(page) > 1)
-            raise MisconfiguredError(f"page id {twice} is the target of two pages of one scatter")
-        return ids
+        if ids.twice is not None:
+            raise MisconfiguredError(f"page id {ids.twice} is the target of two pages of one scatter")
+        return ids.flat
 
     def _check(
         self,
         planes: Sequence[torch.Tensor],
         page_ids: Sequence[Sequence[int]],
         sections: Sequence[memoryview],
-    ) -> array[int]:
+    ) -> PageIds:
         self._check_planes(planes)
         if len(page_ids) != len(sections):
             raise MisconfiguredError(f"{len(page_ids)} lists of page ids for {len(sections)} sections")
         ids = self._checked_ids(page_ids, planes[0].shape[0])
-        for chunk, section in enumerate(sections):
-            self._check_section(chunk, section)
+        self._check_sections(sections)
         return ids
 
     def _check_planes(self, planes: Sequence[torch.Tensor]) -> None:
@@ -98,43 +98,61 @@ class PageChecks:
                     f" shapes {tuple(plane.shape)} and {tuple(planes[0].shape)}"
                 )
 
-    def _checked_ids(self, page_ids: Sequence[Sequence[int]], num_pages: int) -> array[int]:
+    def _checked_ids(self, page_ids: Sequence[Sequence[int]], num_pages: int) -> PageIds:
         pages = self._form.layout.pages
-        for chunk, ids in enumerate(page_ids):
-            if len(ids) != pages:
+        table = self._last
+        if not (_lists(page_ids) and page_ids == table.source):
+            for chunk, ids in enumerate(page_ids):
+                if len(ids) != pages:
+                    raise MisconfiguredError(
+                        f"chunk {chunk} comes with {len(ids)} page ids, a chunk of this layout has"
+                        f" {pages} pages"
+                    )
+            try:
+                table = self._last = PageIds(page_ids)
+            except (TypeError, OverflowError) as error:
                 raise MisconfiguredError(
-                    f"chunk {chunk} comes with {len(ids)} page ids, a chunk of this layout has {pages} pages"
-                )
-        try:
-            table = array("q", chain.from_iterable(page_ids))
-        except (TypeError, OverflowError) as error:
-            raise MisconfiguredError(
-                f"page ids are integers from 0 to {num_pages - 1}; among these is something else: {error}"
-            ) from None
-        if table and not _within(table, num_pages):
-            at, page = next((at, page) for at, page in enumerate(table) if not 0 <= page < num_pages)
+                    f"page ids are integers from 0 to {num_pages - 1}; among these is something else: {error}"
+                ) from None
+        if table.least < 0 or table.most >= num_pages:
+            at, page = next((at, page) for at, page in enumerate(table.flat) if not 0 <= page < num_pages)
             raise MisconfiguredError(
                 f"page id {page} of chunk {at // pages}: the planes hold pages 0 to {num_pages - 1}"
             )
         return table
 
-    def _check_section(self, chunk: int, section: memoryview) -> None:
-        if not section.c_contiguous or section.format != "B" or section.ndim != 1:
-            raise MisconfiguredError(
-                f"section {chunk} has format {section.format!r}, shape {section.shape} and strides"
-                f" {section.strides}: needs contiguous bytes, format 'B', one dimension"
-            )
-        if section.nbytes != self._form.section_bytes:
-            raise MisconfiguredError(
-                f"section {chunk} has {section.nbytes} bytes, a section of this layout has"
-                f" {self._form.section_bytes}"
-            )
+    def _check_sections(self, sections: Sequence[memoryview]) -> None:
+        length = self._form.section_bytes
+        for chunk, section in enumerate(sections):
+            if not section.c_contiguous or section.format != "B" or section.ndim != 1:
+                raise MisconfiguredError(
+                    f"section {chunk} has format {section.format!r}, shape {section.shape} and strides"
+                    f" {section.strides}: needs contiguous bytes, format 'B', one dimension"
+                )
+            if section.nbytes != length:
+                raise MisconfiguredError(
+                    f"section {chunk} has {section.nbytes} bytes, a section of this layout has {length}"
+                )
 
 
-def _within(table: array[int], num_pages: int) -> bool:
-    # A tenth of what min() and max() take.
-    least, most = torch.frombuffer(table, dtype=torch.int64).aminmax()
-    return bool(least >= 0) and bool(most < num_pages)
+class PageIds:
+    """The page ids of a call, flat and with what is to be known of them.
+
+    source  equal to the ids given, and not changed with them
+    flat    chunk after chunk, as 64-bit integers
+    twice   an id that occurs more than once; None: there is none
+    """
+
+    def __init__(self, page_ids: Sequence[Sequence[int]]) -> None:
+        self.source = [list(ids) for ids in page_ids]
+        self.flat = array("q", chain.from_iterable(self.source))
+        self.least, self.most = min(self.flat, default=0), max(self.flat, default=-1)
+        distinct = len(set(self.flat)) == len(self.flat)
+        self.twice = None if distinct else next(page for page in self.flat if self.flat.count(page) > 1)
+
+
+def _lists(page_ids: Sequence[Sequence[int]]) -> bool:
+    return type(page_ids) is list and all(type(ids) is list for ids in page_ids)
 
 
 def writable(section: memoryview) -> memoryview:

@@ -1,4 +1,4 @@
-"""`PageGrid`: a layer's pages as the kernel sees them, in the widest accesses that all addresses allow."""
+"""`PageGrid`: pages as the kernel sees them, in the widest accesses that all addresses allow."""
 
 from __future__ import annotations
 

@@ -49,6 +49,24 @@ class TorchPageCopier:
                     _gather_pages(plane.view(self._bits), ids, host)
             return queued()
 
+    def gather_layers(
+        self,
+        layers: Sequence[Sequence[torch.Tensor]],
+        page_ids: Sequence[Sequence[int]],
+        sections: Sequence[Sequence[memoryview]],
+    ) -> None:
+        """Copy the same pages of several layers into each one's sections."""
+        for planes, of_layer in zip(layers, sections, strict=True):
+            self._checks.check_gather(planes, page_ids, of_layer)
+        copies = []
+        try:
+            for planes, of_layer in zip(layers, sections, strict=True):
+                copies.append(self.begin_gather(planes, page_ids, of_layer))
+        finally:
+            # Also after an error: nothing may go on when the call has ended.
+            for copy in copies:
+                copy.wait()
+
     def scatter(
         self,
         sections: Sequence[memoryview],

@@ -1,4 +1,4 @@
-"""`TritonPageCopier`: one kernel launch for all chunks and planes of a layer.
+"""`TritonPageCopier`: one kernel launch for all chunks and planes of a call.
 
 Where host memory is page-locked, the kernel itself reads and writes it over the bus. Copying through
 memory on the GPU takes a copy a section, at microseconds each, and keeps a second set of buffers; the
@@ -12,6 +12,7 @@ import math
 import threading
 from array import array
 from collections.abc import Sequence
+from itertools import chain, groupby
 
 import torch
 import triton
@@ -70,7 +71,28 @@ class TritonPageCopier:
         With sections that are not page-locked it returns when the copy is done.
         """
         ids = self._checks.check_gather(planes, page_ids, sections)
-        return self._begin(planes, ids, sections, to_pages=False)
+        return self._begin([planes], ids, sections, to_pages=False)
+
+    def gather_layers(
+        self,
+        layers: Sequence[Sequence[torch.Tensor]],
+        page_ids: Sequence[Sequence[int]],
+        sections: Sequence[Sequence[memoryview]],
+    ) -> None:
+        """Copy the same pages of several layers into each one's sections, in one launch a device."""
+        checked = [
+            (planes, self._checks.check_gather(planes, page_ids, of_layer), of_layer)
+            for planes, of_layer in zip(layers, sections, strict=True)
+        ]
+        copies = []
+        try:
+            for _, group in groupby(checked, key=lambda layer: layer[0][0].device):
+                some, (ids, *_), of_layers = zip(*group, strict=True)
+                copies.append(self._begin(some, ids, list(chain(*of_layers)), to_pages=False))
+        finally:
+            # Also after an error: nothing may go on when the call has ended.
+            for copy in copies:
+                copy.wait()
 
     def scatter(
         self,
@@ -92,17 +114,18 @@ class TritonPageCopier:
     ) -> QueuedCopy:
         """Begin to copy sections into pages. A stream that waits for the copy finds the pages filled."""
         ids = self._checks.check_scatter(sections, planes, page_ids)
-        return self._begin(planes, ids, sections, to_pages=True)
+        return self._begin([planes], ids, sections, to_pages=True)
 
     def _begin(
         self,
-        planes: Sequence[torch.Tensor],
+        layers: Sequence[Sequence[torch.Tensor]],
         ids: array[int],
         sections: Sequence[memoryview],
         *,
         to_pages: bool,
     ) -> QueuedCopy:
-        device = planes[0].device
+        """Begin to copy, for checked arguments; sections come layer after layer."""
+        device = layers[0][0].device
         needed = "cpu" if INTERPRETED else "cuda"
         if device.type != needed:
             raise MisconfiguredError(f"planes are on {device}: this copier needs them on {needed}")
@@ -113,12 +136,15 @@ class TritonPageCopier:
         stream = self._stream(device, to_pages=to_pages)
         with copying_on(stream) as queued:
             if self._reaches(device, addresses):
-                self._launch(planes, addresses, ids, to_pages=to_pages)
+                self._launch(layers, addresses, ids, to_pages=to_pages)
             else:
-                self._copy_staged(planes, ids, hosts, to_pages=to_pages)
-            for plane in planes:
-                if stream is not None:
-                    # Should the pages be freed meanwhile, their memory goes to nobody before the copy's end.
+                chunks = len(hosts) // len(layers)
+                for number, planes in enumerate(layers):
+                    of_layer = hosts[number * chunks : (number + 1) * chunks]
+                    self._copy_staged(planes, ids, of_layer, to_pages=to_pages)
+            if stream is not None:
+                # Should the pages be freed meanwhile, their memory goes to nobody before the copy's end.
+                for plane in chain(*layers):
                     plane.record_stream(stream)
             return queued()
 
@@ -144,7 +170,7 @@ class TritonPageCopier:
     def _copy_staged(
         self, planes: Sequence[torch.Tensor], ids: array[int], hosts: list[memoryview], *, to_pages: bool
     ) -> None:
-        """By way of memory on the GPU, a number of chunks at a time."""
+        """One layer by way of memory on the GPU, a number of chunks at a time."""
         length, pages = self._form.section_bytes, self._form.layout.pages
         step = -(-length // _STAGED_ALIGN) * _STAGED_ALIGN
         count = max(1, self._staged_bytes // step)
@@ -157,29 +183,36 @@ class TritonPageCopier:
             if to_pages:
                 for number, host in enumerate(some):
                     staged[number, :length].copy_(host, non_blocking=True)
-            self._launch(planes, addresses, some_ids, to_pages=to_pages)
+            self._launch([planes], addresses, some_ids, to_pages=to_pages)
             if not to_pages:
                 for number, host in enumerate(some):
                     host.copy_(staged[number, :length], non_blocking=True)
 
     def _launch(
-        self, planes: Sequence[torch.Tensor], addresses: list[int], ids: array[int], *, to_pages: bool
+        self,
+        layers: Sequence[Sequence[torch.Tensor]],
+        addresses: list[int],
+        ids: array[int],
+        *,
+        to_pages: bool,
     ) -> None:
         """Queue the kernel on the current stream, for sections that the device reaches at `addresses`."""
-        grid = PageGrid.of(planes, math.gcd(*addresses))
+        grid = PageGrid.of([*chain(*layers)], math.gcd(*addresses))
         fields = array("q", grid.fields)
         fields.extend(addresses)
         fields.extend(ids)
         table = torch.frombuffer(fields, dtype=torch.int64)
-        if planes[0].is_cuda:
-            table = table.pin_memory().to(planes[0].device, non_blocking=True)
+        device = layers[0][0].device
+        if device.type == "cuda":
+            table = table.pin_memory().to(device, non_blocking=True)
         tile = min(_TILE_WORDS_MAX, triton.next_power_of_2(grid.page_words))
-        tiles = len(ids) * -(-grid.page_words // tile)
+        tiles = len(layers) * len(ids) * -(-grid.page_words // tile)
         copy_pages[min(tiles, _PROGRAMS),](
             table,
-            len(addresses),
+            len(layers),
+            len(addresses) // len(layers),
             TO_PAGES=to_pages,
-            PLANES=len(planes),
+            PLANES=len(layers[0]),
             PAGES=self._form.layout.pages,
             UNIT=grid.unit,
             D0=grid.axes[0],

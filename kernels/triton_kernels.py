@@ -1,11 +1,11 @@
 """The kernel behind `TritonPageCopier`: pages to sections or back, by addresses, in units of bytes.
 
-One launch serves all chunks and planes of a layer. Sections may be host memory that the GPU reaches
-over the bus: some dozens of programs, each with a few KiB under way, keep the bus busy.
+One launch serves all chunks and planes of one or more layers. Sections may be host memory that the
+GPU reaches over the bus: some dozens of programs, each with a few KiB under way, keep the bus busy.
 
-table  int64: for each plane its address, the bytes from one page to the next, and the units from one
-       step to the next on each of three axes of a page; then the address of each chunk's section;
-       then the page ids, chunk after chunk
+table  int64: for each plane of each layer its address, the bytes from one page to the next, and the
+       units from one step to the next on each of three axes of a page; then, layer after layer, the
+       address of each chunk's section; then the page ids, chunk after chunk, the same in all layers
 
 A page is D0 x D1 x D2 runs of RUN contiguous units of UNIT bytes (1, 2, 4, 8 or 16). Addresses and
 strides are multiples of UNIT, so that one access takes that many bytes.
@@ -36,10 +36,12 @@ def _words_at(address, UNIT: tl.constexpr):
 
 @triton.jit
 def _copy_tile(
-    plane,
-    sections,
-    ids,
+    table,
+    layers,
+    chunks,
     tile,
+    PLANE: tl.constexpr,
+    PLANES: tl.constexpr,
     OFFSET: tl.constexpr,
     TO_PAGES: tl.constexpr,
     PAGES: tl.constexpr,
@@ -50,7 +52,7 @@ def _copy_tile(
     RUN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Copy tile `tile` of a plane: BLOCK words of one page. `plane` points to its fields of the table.
+    """Copy tile `tile` of plane PLANE of all layers: BLOCK words of one page.
 
     OFFSET is where the plane begins in a section, in bytes.
     """
@@ -59,10 +61,15 @@ def _copy_tile(
     PAGE_WORDS: tl.constexpr = D0 * D1 * D2 * RUN * LANES
     RUN_WORDS: tl.constexpr = RUN * LANES
     PAGE_TILES: tl.constexpr = (PAGE_WORDS + BLOCK - 1) // BLOCK
+    sections = table + layers * (PLANES * _FIELDS)
+    ids = sections + layers * chunks
+    # Pages are numbered layer by layer, chunk by chunk.
     number = tile // PAGE_TILES
-    word = (tile % PAGE_TILES) * BLOCK + tl.arange(0, BLOCK)
+    in_layer = number % (chunks * PAGES)
+    plane = table + (number // (chunks * PAGES) * PLANES + PLANE) * _FIELDS
     section = tl.load(sections + number // PAGES) + OFFSET + (number % PAGES).to(tl.int64) * PAGE_BYTES
-    page = tl.load(plane) + tl.load(ids + number) * tl.load(plane + 1)
+    page = tl.load(plane) + tl.load(ids + in_layer) * tl.load(plane + 1)
+    word = (tile % PAGE_TILES) * BLOCK + tl.arange(0, BLOCK)
     run = word // RUN_WORDS
     units = (run // (D1 * D2)) * tl.load(plane + 2)
     units += (run // D2) % D1 * tl.load(plane + 3)
@@ -82,9 +89,10 @@ def _copy_tile(
             tl.store(in_section, tl.load(in_page, mask=there), mask=there)
 
 
-@triton.jit(do_not_specialize=["chunks"])
+@triton.jit(do_not_specialize=["layers", "chunks"])
 def copy_pages(
     table,
+    layers,
     chunks,
     TO_PAGES: tl.constexpr,
     PLANES: tl.constexpr,
@@ -98,20 +106,32 @@ def copy_pages(
     V_RUN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Copy `chunks` chunks of PAGES pages each, in any number of programs."""
+    """Copy `layers` x `chunks` sections of PAGES pages each, in any number of programs."""
     LANES: tl.constexpr = 2 if UNIT == 16 else 1
     K_TILES: tl.constexpr = (D0 * D1 * K_D2 * K_RUN * LANES + BLOCK - 1) // BLOCK
     V_TILES: tl.constexpr = (D0 * D1 * V_D2 * V_RUN * LANES + BLOCK - 1) // BLOCK
     V_OFFSET: tl.constexpr = PAGES * D0 * D1 * K_D2 * K_RUN * UNIT
-    sections = table + PLANES * _FIELDS
-    ids = sections + chunks
-    tiles = chunks * PAGES * K_TILES
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        _copy_tile(table, sections, ids, tile, 0, TO_PAGES, PAGES, UNIT, D0, D1, K_D2, K_RUN, BLOCK)
+    pages = layers * chunks * PAGES
+    for tile in range(tl.program_id(0), pages * K_TILES, tl.num_programs(0)):
+        _copy_tile(
+            table, layers, chunks, tile, 0, PLANES, 0, TO_PAGES, PAGES, UNIT, D0, D1, K_D2, K_RUN, BLOCK
+        )
     if PLANES > 1:
-        plane = table + _FIELDS
-        tiles = chunks * PAGES * V_TILES
-        for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        for tile in range(tl.program_id(0), pages * V_TILES, tl.num_programs(0)):
             _copy_tile(
-                plane, sections, ids, tile, V_OFFSET, TO_PAGES, PAGES, UNIT, D0, D1, V_D2, V_RUN, BLOCK
+                table,
+                layers,
+                chunks,
+                tile,
+                1,
+                PLANES,
+                V_OFFSET,
+                TO_PAGES,
+                PAGES,
+                UNIT,
+                D0,
+                D1,
+                V_D2,
+                V_RUN,
+                BLOCK,
             )

@@ -72,14 +72,7 @@ class CacheSource:
 
     def gather(self, index: int, sections: Sequence[memoryview]) -> None:
         """See PageSource.gather."""
-        copies = []
-        try:
-            for pages, section in zip(self._layers, sections, strict=True):
-                copies.append(self._copier.begin_gather(pages, [[index]], [section]))
-        finally:
-            # Also after an error: the sections are the store's again.
-            for copy in copies:
-                copy.wait()
+        self._copier.gather_layers(self._layers, [[index]], [[section] for section in sections])
 
 
 def chunk_pages(layer: DynamicLayer, row: int, chunk_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:

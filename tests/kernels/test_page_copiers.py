@@ -249,6 +249,42 @@ def after_scatter(case: Case, contents: list[bytes]) -> torch.Tensor:
     return mirror.storage
 
 
+@each_kind
+@pytest.mark.parametrize("page_form", ["nhd", "hnd", "mla", "opaque:test"])
+def test_a_gather_of_several_layers_fills_the_sections_of_each(kind, page_form):
+    form = whole(layout_of(page_form))
+    axes = list(range(1 + len(page_shapes(form)[0])))
+    ids = [[4, 0], [1, 3]]
+    cases_ = [
+        Case(form, *make_planes(form, 5, axes, apart=seed > 0, seed=seed), ids).on(kind.device)
+        for seed in range(3)
+    ]
+    guard = cases_[0].guard
+    with kind.host_memory(guarded([bytes(form.section_bytes)] * 6, guard)) as memory:
+        views = section_views(memory, form, guard)
+        by_layer = [views[at : at + 2] for at in (0, 2, 4)]
+        kind.make(form).gather_layers([case.planes for case in cases_], ids, by_layer)
+        expected = [oracle(case.planes, chunk) for case in cases_ for chunk in ids]
+        assert bytes(memory) == guarded(expected, guard)
+
+
+@each_kind
+def test_a_changed_table_is_checked_again(kind):
+    form = whole(layout_of("mla"))
+    planes = Case(form, *make_planes(form, 5, [0, 1, 2], apart=True), []).on(kind.device).planes
+    sections = [memoryview(bytearray(form.section_bytes))]
+    ids, copier = [[0, 1]], kind.make(form)
+    copier.gather(planes, ids, sections)
+    ids[0][1] = 3
+    copier.gather(planes, ids, sections)
+    assert bytes(sections[0]) == oracle(planes, [0, 3])
+    ids[0][1] = 5
+    with pytest.raises(MisconfiguredError, match="page id 5 of chunk 0"):
+        copier.gather(planes, ids, sections)
+    with pytest.raises(MisconfiguredError, match="page id 3 of chunk 0: the planes hold pages 0 to 2"):
+        copier.gather([plane[:3] for plane in planes], [[0, 3]], sections)
+
+
 def layout_of(page_form: str, dtype: DType = DType.FLOAT16, **changes) -> KVLayout:
     page_bytes_ = 24 if page_form.startswith("opaque") else None
     heads = 1 if page_form == "mla" else 2
@@ -345,6 +381,7 @@ def refuse(
     case = Case(form, storage, good_planes, []).on(kind.device)
     planes = case.planes if planes is None else planes(case.planes)
     ids = [[0, 1], [3, 4]] if ids is None else ids
+    before = storage.clone()
     content = guarded([b"\x5a" * form.section_bytes] * 2, case.guard)
     memory = memoryview(bytearray(content))
     good_sections = section_views(memory, form, case.guard)
@@ -356,7 +393,7 @@ def refuse(
             call = partial(copier.scatter, sections, planes, ids)
         with pytest.raises(MisconfiguredError, match=message):
             call()
-        assert torch.equal(case.storage.cpu(), storage)
+        assert torch.equal(case.storage.cpu(), before)
         assert bytes(memory) == content
 
 
