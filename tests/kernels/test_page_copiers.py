@@ -318,6 +318,30 @@ def test_the_host_form_has_keys_then_values_and_within_them_the_order_its_name_s
                         position += 1
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: elsewhere nothing is queued")
+@each_kind
+def test_a_copy_comes_after_the_current_stream_and_before_a_stream_that_waits(kind):
+    if kind.device == "cpu":
+        return
+    form = whole(layout_of("mla"))
+    copier, page_ids = kind.make(form), [[2, 0]]
+    planes = [torch.zeros(3, *shape, dtype=torch.float16, device="cuda") for shape in page_shapes(form)]
+    with kind.host_memory(bytes(form.section_bytes)) as section:
+        torch.cuda._sleep(50_000_000)
+        planes[0].fill_(1.5)
+        copier.begin_gather(planes, page_ids, [section]).wait()
+        assert bytes(section) == struct.pack("<e", 1.5) * (form.section_bytes // 2)
+        section[:] = struct.pack("<e", 2.5) * (form.section_bytes // 2)
+        torch.cuda._sleep(50_000_000)
+        copy, waits = copier.begin_scatter([section], planes, page_ids), torch.cuda.Stream()
+        copy.stream_wait(waits)
+        with torch.cuda.stream(waits):
+            seen = planes[0].clone()
+        waits.synchronize()
+        assert seen.unique().tolist() == [1.5, 2.5]
+        copy.wait()
+
+
 SPECIALS = {
     DType.FLOAT32: [0x7FC00001, 0x7F800001, 0xFFFFFFFF, 0x80000000, 0x00000001, 0x807FFFFF, 0x7F800000],
     DType.FLOAT16: [0x7E01, 0x7C01, 0xFFFF, 0x8000, 0x0001, 0x83FF, 0x7C00],
