@@ -2,7 +2,7 @@
 
 Where host memory is page-locked, the kernel itself reads and writes it over the bus. Copying through
 memory on the GPU takes a copy a section, at microseconds each, and keeps a second set of buffers; the
-kernel costs 5 to 8 percent of the bus at any page size. Other host memory goes through such copies.
+kernel costs 5 to 10 percent of the bus at any page size. Other host memory goes through such copies.
 """
 
 from __future__ import annotations
