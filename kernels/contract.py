@@ -9,6 +9,22 @@ if TYPE_CHECKING:
     import torch
 
 
+class QueuedCopy(Protocol):
+    """A copy that may go on after the call that began it has returned.
+
+    Until `wait` has returned, the sections are borrowed: they must be neither freed nor changed,
+    and after a gather not read. Safe to drop without `wait` only if the sections outlive the copy.
+    """
+
+    def wait(self) -> None:
+        """Return when the copy is done. Blocks this thread, not the interpreter."""
+        ...
+
+    def stream_wait(self, stream: torch.cuda.Stream) -> None:
+        """Let what `stream` is given from now on come after the copy; this thread does not wait."""
+        ...
+
+
 class PageCopier(Protocol):
     """Copies for one `ChunkForm`. Bit-exact: no conversion, NaN payloads included.
 
@@ -23,8 +39,12 @@ class PageCopier(Protocol):
     sections  for each chunk one host section: contiguous, format B, `form.section_bytes` long,
               borrowed for the call
 
+    On a GPU a copy comes after the work that the calling thread's current stream has been given,
+    and nothing waits for the whole device. `begin_` forms return while it goes on; see QueuedCopy.
+
     Every wrapper checks shapes, dtypes and index bounds before it copies the first byte and
-    raises MisconfiguredError; on error no page and no section has been touched.
+    raises MisconfiguredError; on that error no page and no section has been touched. On any error
+    nothing goes on when the call has ended.
     """
 
     def gather(
@@ -36,6 +56,28 @@ class PageCopier(Protocol):
         """Copy pages into sections. When it returns, the pages may be reused."""
         ...
 
+    def begin_gather(
+        self,
+        planes: Sequence[torch.Tensor],
+        page_ids: Sequence[Sequence[int]],
+        sections: Sequence[memoryview],
+    ) -> QueuedCopy:
+        """Begin to copy pages into sections. A stream that waits for the copy may reuse the pages."""
+        ...
+
+    def gather_layers(
+        self,
+        layers: Sequence[Sequence[torch.Tensor]],
+        page_ids: Sequence[Sequence[int]],
+        sections: Sequence[Sequence[memoryview]],
+    ) -> None:
+        """Copy the same pages of several layers, of `layers` the planes each, into each one's sections.
+
+        Much quicker than a gather for each layer where a call has few pages, as with one chunk.
+        Layers may be on several devices. When it returns, the pages may be reused.
+        """
+        ...
+
     def scatter(
         self,
         sections: Sequence[memoryview],
@@ -43,4 +85,13 @@ class PageCopier(Protocol):
         page_ids: Sequence[Sequence[int]],
     ) -> None:
         """Copy sections into pages. When it returns, the sections may be reused."""
+        ...
+
+    def begin_scatter(
+        self,
+        sections: Sequence[memoryview],
+        planes: Sequence[torch.Tensor],
+        page_ids: Sequence[Sequence[int]],
+    ) -> QueuedCopy:
+        """Begin to copy sections into pages. A stream that waits for the copy finds the pages filled."""
         ...

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 
 Unlock = Callable[[], None]
+# First and last byte + 1 of what is locked now. A handful of ranges: one an arena.
+_locked: dict[int, int] = {}
 
 
 def page_lock(memory: memoryview) -> Unlock | None:
@@ -23,4 +25,16 @@ def page_lock(memory: memoryview) -> Unlock | None:
     # Portable: every CUDA context of the process sees it as locked (cudaHostRegisterPortable).
     if int(runtime.cudaHostRegister(address, len(memory), 1)):
         return None
-    return lambda: runtime.cudaHostUnregister(address)
+    _locked[address] = address + len(memory)
+
+    def unlock() -> None:
+        # First of all: what is not known as locked is never read by a GPU itself.
+        _locked.pop(address, None)
+        runtime.cudaHostUnregister(address)
+
+    return unlock
+
+
+def is_page_locked(start: int, end: int) -> bool:
+    """Whether the addresses from `start` up to `end` lie in one memory that `page_lock` has locked."""
+    return any(first <= start and end <= last for first, last in tuple(_locked.items()))

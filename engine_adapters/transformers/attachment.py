@@ -20,7 +20,7 @@ from kvstore.engine_adapters.transformers.geometry import observe_geometry
 from kvstore.engine_adapters.transformers.model_namespace import model_namespace
 from kvstore.engine_adapters.transformers.weights import WeightsWatch
 from kvstore.errors import LayoutMismatchError, MisconfiguredError
-from kvstore.kernels.torch_copier import TorchPageCopier
+from kvstore.kernels.copiers import page_copier
 from kvstore.layout import KVLayout
 from kvstore.namespace import Namespace
 from kvstore.settings import Settings, load_settings
@@ -71,9 +71,8 @@ def attach(
     weights = WeightsWatch(model)
     namespace = model_namespace(model, layout, weights_revision)
     used = _connected_store(layout, settings) if store is None else store
-    attached = AttachedModel(
-        model, geometry, weights, namespace, used, TorchPageCopier(used.form), WarnRarely(_log)
-    )
+    copier = page_copier(used.form, geometry.devices)
+    attached = AttachedModel(model, geometry, weights, namespace, used, copier, WarnRarely(_log))
     return Attachment(attached, owns_store=store is None)
 
 

@@ -72,8 +72,7 @@ class CacheSource:
 
     def gather(self, index: int, sections: Sequence[memoryview]) -> None:
         """See PageSource.gather."""
-        for pages, section in zip(self._layers, sections, strict=True):
-            self._copier.gather(pages, [[index]], [section])
+        self._copier.gather_layers(self._layers, [[index]], [[section] for section in sections])
 
 
 def chunk_pages(layer: DynamicLayer, row: int, chunk_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,47 @@
+"""`page_copier`: the fastest PageCopier that works here."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+import torch
+
+from kvstore.kernels.contract import PageCopier
+from kvstore.kernels.page_checks import PageChecks
+from kvstore.kernels.torch_copier import TorchPageCopier
+from kvstore.layout import ChunkForm
+
+_log = logging.getLogger("kvstore.kernels")
+
+
+def page_copier(form: ChunkForm, devices: Iterable[torch.device]) -> PageCopier:
+    """A copier for pages on `devices`: in Triton where all are GPUs and it works there, else in torch.
+
+    Triton compiles here, which takes a second or two where it has not before, so that the first load
+    need not; a compiler that is missing is found out here too.
+    """
+    gpus = list(dict.fromkeys(devices))
+    if not gpus or any(device.type != "cuda" for device in gpus):
+        return TorchPageCopier(form)
+    try:
+        from kvstore.kernels.triton_copier import TritonPageCopier
+
+        copier = TritonPageCopier(form)
+        for device in gpus:
+            _copy_one_chunk(copier, form, device)
+    except Exception as error:
+        _log.warning("pages are copied without Triton, which is slower: %r", error)
+        return TorchPageCopier(form)
+    return copier
+
+
+def _copy_one_chunk(copier: PageCopier, form: ChunkForm, device: torch.device) -> None:
+    checks, ids = PageChecks(form), range(form.layout.pages)
+    planes = [
+        torch.zeros(form.layout.pages, *shape, dtype=torch.uint8, device=device).to(checks.dtype)
+        for shape in checks.page_shapes
+    ]
+    section = memoryview(bytearray(form.section_bytes))
+    copier.scatter([section], planes, [ids])
+    copier.gather(planes, [ids], [section])
