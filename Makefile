@@ -32,9 +32,9 @@ demo: $(STAMP) ## A model's KV cache goes through S3 and comes back (TEXT=file, 
 test: $(STAMP) ## Run the test suite
 	@$(BIN)/python -m pytest $(ARGS)
 
-test-integration: $(STAMP) ## The suite on Ceph RGW, LocalStack and moto, which it installs
+test-integration: $(STAMP) ## Ceph RGW, LocalStack and moto, which it installs, and processes killed
 	@$(BIN)/python -m localstack install moto rgw localstack nginx
-	@$(BIN)/python -m pytest tests/integration $(ARGS)
+	@$(BIN)/python -m pytest tests/crash tests/integration $(ARGS)
 
 torture: $(STAMP) ## Storms of faults, STORM_S=300 seconds on each server, and KILLS=500 processes killed; prints figures
 	@$(BIN)/python -m localstack install moto rgw

@@ -200,11 +200,12 @@ class KVStore:
             )
             if report.chunks_left:
                 _log.warning(
-                    "closed with %d chunks (%d bytes) not stored, %d of them in the journal, from where the "
-                    "next process stores them; to wait longer set KVSTORE_CLOSE_TIMEOUT_S",
+                    "closed with %d chunks (%d bytes) not stored: %d in the journal, from where the next "
+                    "process stores them, %d lost; to wait longer set KVSTORE_CLOSE_TIMEOUT_S",
                     report.chunks_left,
                     report.bytes_left,
                     report.chunks_journaled,
+                    report.chunks_left - report.chunks_journaled,
                 )
             try:
                 self._loop.close(last=self._parts.disconnect())

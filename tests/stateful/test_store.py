@@ -364,7 +364,9 @@ class StoreMachine(RuleBasedStateMachine):
         # One whose version is damaged is left to a newer process.
         assert pending <= self.damaged_files
         set_aside = " ".join(self.quarantined | {path.name for path in (self.disk / "quarantine").glob("*")})
-        assert all(name in set_aside for name in self.damaged_pending - pending)
+        # Or it was saved again, and the damaged one replaced.
+        gone = [name for name in self.damaged_pending - pending if name not in set_aside]
+        assert all(self.is_intact(key_of(Path(name))) for name in gone)
         lost = [key for key in self.journaled if not self.is_intact(key)]
         assert not lost, f"journaled, and lost: {lost}"
         self.the_bucket_has_whole_objects_of_known_chunks_alone()
@@ -476,7 +478,7 @@ def test_the_prompts_here_share_what_they_should():
 
 TestStore = StoreMachine.TestCase
 TestStore.settings = settings(
-    max_examples=EXAMPLES or 24,
+    max_examples=EXAMPLES or 12,
     stateful_step_count=40,
     derandomize=not EXAMPLES,
     database=None,
