@@ -30,7 +30,7 @@ demo: $(STAMP) ## A model's KV cache goes through S3 and comes back (TEXT=file, 
 	@$(BIN)/python -m examples.demo $(if $(TEXT),--text "$$TEXT") $(if $(MODEL),--model "$$MODEL")
 
 test: $(STAMP) ## Run the test suite
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-integration: $(STAMP) ## Ceph RGW, LocalStack and moto, which it installs, and processes killed
 	@$(BIN)/python -m localstack install moto rgw localstack nginx

@@ -52,9 +52,10 @@ class ConnectionPool:
             raise
 
     def give_back(self, connection: Connection) -> None:
-        """Keep a connection if it is `reusable`, else close it."""
+        """Keep a connection if it is `reusable` and quiet, else close it."""
         self._in_use -= 1
-        if self._closed or not connection.reusable:
+        # What came together with the answer brings no event any more.
+        if self._closed or not (connection.reusable and connection.is_quiet()):
             connection.close()
             return
         connection.idle_since_s = self._lane.now_s

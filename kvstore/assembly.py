@@ -19,11 +19,10 @@ from kvstore.chunk_fetch import ChunkFetcher
 from kvstore.chunk_flight import ChunkFlights, DiskSource, ReadTiers
 from kvstore.chunk_writer import ChunkWriter
 from kvstore.codecs.registry import parse_codec
-from kvstore.disk.journal_folder import Destination
+from kvstore.disk.pending import Destination
 from kvstore.disk.tier import DiskTier
 from kvstore.errors import MisconfiguredError
 from kvstore.event_loop import EventLoopThread
-from kvstore.handles import Durability
 from kvstore.keys import format_folder, namespace_document_name
 from kvstore.layout import ChunkForm
 from kvstore.lookup import Lookups
@@ -135,15 +134,15 @@ class Assembler:
             metrics=self._metrics,
             warn=self._warn,
         )
-        retried = Retries()
+        retries = Retries()
         return Assembly(
             memory=self._memory,
             disk=self._disk,
             backend=guarded,
             presence=self._presence,
             lookups=self._lookups(guarded),
-            reads=self._read_path(guarded, retried, loop),
-            writes=self._write_behind(guarded, retried, loop),
+            reads=self._read_path(guarded, retries, loop),
+            writes=self._write_behind(guarded, retries, loop),
             warn=self._warn,
         )
 
@@ -171,7 +170,6 @@ class Assembler:
     def _disk_tier(self) -> DiskTier | None:
         settings = self._settings
         if not settings.disk_dir:
-            self._refuse_without_disk()
             return None
         if settings.disk_bytes < self._form.raw_bytes:
             raise MisconfiguredError(
@@ -194,19 +192,6 @@ class Assembler:
         self._metrics.watch_disk(lambda: disk.occupied_bytes)
         return disk
 
-    def _refuse_without_disk(self) -> None:
-        settings = self._settings
-        if settings.durability is Durability.JOURNALED:
-            raise MisconfiguredError(
-                "KVSTORE_DURABILITY=journaled needs a disk, but KVSTORE_DISK_DIR is empty; "
-                "set KVSTORE_DISK_DIR to a folder on a local disk, or KVSTORE_DURABILITY=queued"
-            )
-        if settings.when_full == "spill":
-            raise MisconfiguredError(
-                "KVSTORE_WHEN_FULL=spill needs a disk, but KVSTORE_DISK_DIR is empty; "
-                "set KVSTORE_DISK_DIR to a folder on a local disk, or KVSTORE_WHEN_FULL=drop"
-            )
-
     def _lookups(self, backend: GuardedBackend) -> Lookups:
         return Lookups(
             backend=backend,
@@ -220,7 +205,7 @@ class Assembler:
             warn=self._warn,
         )
 
-    def _read_path(self, backend: GuardedBackend, retried: Retries, loop: EventLoopThread) -> ReadPath:
+    def _read_path(self, backend: GuardedBackend, retries: Retries, loop: EventLoopThread) -> ReadPath:
         disk = self._disk
         tiers = ReadTiers(
             memory=self._memory,
@@ -234,7 +219,7 @@ class Assembler:
                 concurrency=self._settings.fetch_concurrency,
                 metrics=self._metrics,
                 scratch=self._scratch,
-                retried=retried,
+                retried=retries,
             ),
             metrics=self._metrics,
         )
@@ -293,7 +278,14 @@ class Assembler:
             timeout_s=settings.upload_timeout_s,
         )
         backlog = Backlog(
-            journal=journal, uploader=uploader, places=places, limits=limits, loop=loop, warn=self._warn
+            journal=journal,
+            uploader=uploader,
+            form=self._form,
+            buffers=self._writer.buffers,
+            places=places,
+            limits=limits,
+            loop=loop,
+            warn=self._warn,
         )
         return DiskParts(self._disk, journal, backlog)
 

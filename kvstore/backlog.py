@@ -8,16 +8,20 @@ import logging
 import random
 import time
 from collections import deque
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from kvstore.chunk import ChunkHeader, decode_header, verify_section
+from kvstore.arena import Arena
+from kvstore.chunk import ChunkHeader
 from kvstore.disk.journal import Journal
-from kvstore.disk.journal_folder import Pending, PendingName, Untaken
+from kvstore.disk.journal_folder import JournalLook
+from kvstore.disk.pending import Pending, PendingName, Untaken, verified_header
 from kvstore.errors import KVStoreError, MissError, MissReason
 from kvstore.event_loop import EventLoopThread
 from kvstore.failpoints import Failpoint, reach
 from kvstore.handles import SavedChunk, SaveOutcome
-from kvstore.keys import ChunkKey, parse_object_name
+from kvstore.keys import ChunkKey
+from kvstore.layout import ChunkForm
 from kvstore.uploader import Uploader
 from kvstore.warn import BACKEND_TROUBLE, WarnRarely
 
@@ -45,7 +49,9 @@ class BacklogLimits:
 class Backlog:
     """Uploads of pending chunks, on the store's loop, beside those from memory.
 
-    places  shared with uploads from memory: one for each upload at once
+    form     of chunks that this process saves
+    buffers  memory for one chunk of that form each
+    places   shared with uploads from memory: one for each upload at once
     """
 
     def __init__(
@@ -53,6 +59,8 @@ class Backlog:
         *,
         journal: Journal,
         uploader: Uploader,
+        form: ChunkForm,
+        buffers: Arena,
         places: asyncio.Semaphore,
         limits: BacklogLimits,
         loop: EventLoopThread,
@@ -60,6 +68,8 @@ class Backlog:
     ) -> None:
         self._journal = journal
         self._uploader = uploader
+        self._form = form
+        self._buffers = buffers
         self._places = places
         self._limits = limits
         self._loop = loop
@@ -70,30 +80,43 @@ class Backlog:
         self._later: deque[PendingName] = deque()
         self._pause_s = limits.pause_min_s
         self._retry_at_s = 0.0
-        self._looked = False
+        self._failed = False
+        # Chunks of other forms may be larger than any buffer: memory for one at a time.
+        self._large = asyncio.Lock()
+        self.looked = False
         self._changed = asyncio.Condition()
         self._wake = asyncio.Event()
         self._running: asyncio.Task[None] | None = None
 
     @property
-    def inherited(self) -> int:
-        """How many chunks that other processes left this one has yet to upload."""
-        return sum(chunk is None for chunk in self._known.values())
+    def inherited(self) -> set[PendingName]:
+        """Chunks that other processes left, and this one has yet to upload."""
+        return {name for name, chunk in self._known.items() if chunk is None}
 
     def start(self) -> None:
         """Begin to upload."""
         self._running = asyncio.ensure_future(self._run())
 
-    def add(self, name: PendingName, chunk: SavedChunk) -> None:
+    def add(self, chunk: SavedChunk) -> None:
         """Take over a chunk that was journaled; its pending file must not be locked by this process."""
+        name = PendingName.of(chunk.key, self._form.shard)
+        other = self._known.get(name)
+        if other is not None and other is not chunk:
+            # The one that saved it last stands for both.
+            chunk.ended.add_done_callback(lambda ended: other.end(ended.result()))
         self._known[name] = chunk
         self._due.append(name)
+        self._wake.set()
+
+    def hurry(self) -> None:
+        """Try at once what was put off: somebody waits."""
+        self._retry_at_s = 0.0
         self._wake.set()
 
     async def wait_empty(self) -> None:
         """Wait until all that was left is known, and all that is known is uploaded."""
         async with self._changed:
-            await self._changed.wait_for(lambda: self._looked and not self._known)
+            await self._changed.wait_for(lambda: self.looked and not self._known)
 
     async def close(self) -> None:
         """End, and say of what is left that it stays in the journal."""
@@ -106,18 +129,20 @@ class Backlog:
         self._known.clear()
 
     async def _run(self) -> None:
-        look_at_s = time.monotonic()
-        async with asyncio.TaskGroup() as uploads:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._look_on())
             while True:
-                if time.monotonic() >= look_at_s:
-                    pause_s = self._limits.look_s if await self._look() else self._limits.pause_min_s
-                    # Not all processes of a machine at once.
-                    look_at_s = time.monotonic() + pause_s * random.uniform(0.8, 1.2)  # noqa: S311
                 while self._due:
                     await self._uploader.wait_on()
                     await self._places.acquire()
-                    uploads.create_task(self._upload_one(self._due.popleft()))
-                await self._pause(look_at_s)
+                    tasks.create_task(self._upload_one(self._due.popleft()))
+                await self._pause()
+
+    async def _look_on(self) -> None:
+        while True:
+            pause_s = self._limits.look_s if await self._look() else self._limits.pause_min_s
+            # Not all processes of a machine at once.
+            await asyncio.sleep(pause_s * random.uniform(0.8, 1.2))  # noqa: S311
 
     async def _look(self) -> bool:
         """Find what other processes left. False: the disk does not tell, which it has said itself."""
@@ -132,30 +157,49 @@ class Backlog:
             if name not in self._known:
                 self._known[name] = None
                 self._due.append(name)
-        if look.elsewhere:
-            _log.warning(
-                "%d chunks in the journal are for another bucket or prefix; "
-                "a process with the settings of that one uploads them",
-                look.elsewhere,
-            )
-        self._looked = True
+        self._tell_of(look)
+        self.looked = True
         await self._tell()
         return True
 
-    async def _pause(self, look_at_s: float) -> None:
+    def _tell_of(self, look: JournalLook) -> None:
+        if look.elsewhere:
+            self._warn(
+                "journal elsewhere",
+                f"{look.elsewhere} chunks in the journal are for another bucket or prefix; "
+                "a process with the settings of that one uploads them",
+            )
+        if look.set_aside:
+            _log.warning(
+                "%d files or folders that do not belong in the journal's pending/ were moved to quarantine/",
+                look.set_aside,
+            )
+        if look.stuck:
+            self._warn(
+                "journal stuck",
+                f"{look.stuck} files or folders do not belong in the journal's pending/ and cannot be moved "
+                "to quarantine/: let this user rename them, or remove them",
+            )
+
+    async def _pause(self) -> None:
         """Wait for something to do."""
         self._wake.clear()
-        until_s = min(look_at_s, self._retry_at_s) if self._later else look_at_s
+        wait_s = max(0.0, self._retry_at_s - time.monotonic()) if self._later else None
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(max(0.0, until_s - time.monotonic())):
+            async with asyncio.timeout(wait_s):
                 await self._wake.wait()
-        if time.monotonic() >= self._retry_at_s:
+        if self._later and time.monotonic() >= self._retry_at_s:
             self._due.extend(self._later)
             self._later.clear()
+            if self._failed:
+                self._failed = False
+                self._pause_s = min(2 * self._pause_s, self._limits.pause_max_s)
 
     async def _upload_one(self, name: PendingName) -> None:
         try:
-            await self._try(name)
+            # It may have been due twice.
+            if name in self._known:
+                await self._try(name)
         except (OSError, KVStoreError) as error:
             self._warn(BACKEND_TROUBLE, f"a chunk in the journal cannot be uploaded and stays there: {error}")
             self._put_off(name, failed=True)
@@ -169,8 +213,7 @@ class Backlog:
     async def _try(self, name: PendingName) -> None:
         taken = await self._journal.take(name)
         if taken is Untaken.GONE:
-            # Another process has uploaded it.
-            self._end(name, SaveOutcome.PRESENT)
+            await self._gone(name)
         elif taken is Untaken.BUSY:
             # Another process uploads it now, or looks whether a dead one left it half written.
             self._put_off(name, failed=False)
@@ -180,29 +223,57 @@ class Backlog:
             finally:
                 await self._journal.close(taken)
 
+    async def _gone(self, name: PendingName) -> None:
+        """A file is not there any more: another process has uploaded it, or somebody has removed it."""
+        chunk = self._known.get(name)
+        if chunk is None or chunk.ended.done():
+            self._known.pop(name, None)
+            return
+        async with asyncio.timeout(self._limits.timeout_s):
+            held = await self._uploader.holds(chunk.key, self._form.shard, self._form.header_bytes)
+        if not held:
+            self._warn("journal lost", "a chunk was removed from the journal before it was uploaded")
+        self._end(name, SaveOutcome.PRESENT if held else SaveOutcome.FAILED)
+
     async def _upload(self, taken: Pending) -> None:
         reach(Failpoint.PENDING_TAKEN)
         if taken.object_bytes > self._limits.object_bytes_max:
             self._known.pop(taken.name, None)
             return
-        data = await self._journal.read(taken)
-        reach(Failpoint.PENDING_READ)
-        try:
-            header = await self._loop.work(verified_header, taken.name, data)
-        except MissError as miss:
-            await self._refuse(taken, miss)
-            return
-        reach(Failpoint.PENDING_VERIFIED)
-        key = ChunkKey(header.namespace_digest, header.hash, header.parent, header.depth)
-        async with asyncio.timeout(self._limits.timeout_s):
-            document = await self._journal.namespace_document(taken.name.namespace_name)
-            if document:
-                await self._uploader.describe(taken.name.namespace_name, document)
-            outcome = await self._uploader.put(key, header.shard, [data], header.extents[0].start)
+        async with self._memory(taken.object_bytes) as data:
+            await self._journal.read(taken, data)
+            reach(Failpoint.PENDING_READ)
+            try:
+                header = await self._loop.work(verified_header, taken.name, data)
+            except MissError as miss:
+                await self._refuse(taken, miss)
+                return
+            reach(Failpoint.PENDING_VERIFIED)
+            outcome = await self._put(taken.name, header, data)
         self._pause_s = self._limits.pause_min_s
         await self._journal.remove(taken)
         reach(Failpoint.SETTLED)
         self._end(taken.name, outcome)
+
+    async def _put(self, name: PendingName, header: ChunkHeader, data: memoryview) -> SaveOutcome:
+        key = ChunkKey(header.namespace_digest, header.hash, header.parent, header.depth)
+        async with asyncio.timeout(self._limits.timeout_s):
+            document = await self._journal.namespace_document(name.namespace_name)
+            if document:
+                await self._uploader.describe(name.namespace_name, document)
+            return await self._uploader.put(key, header.shard, [data], header.extents[0].start)
+
+    @contextlib.asynccontextmanager
+    async def _memory(self, length: int) -> AsyncIterator[memoryview]:
+        if length > self._form.raw_bytes:
+            async with self._large:
+                yield memoryview(bytearray(length))
+            return
+        buffer = await self._buffers.acquire()
+        try:
+            yield buffer.memory[:length]
+        finally:
+            buffer.release()
 
     async def _refuse(self, taken: Pending, miss: MissError) -> None:
         if miss.reason is MissReason.BAD_VERSION:
@@ -211,15 +282,13 @@ class Backlog:
             return
         self._warn(
             "damaged journal",
-            f"a chunk in the journal is damaged and was moved to quarantine/: "
-            f"{taken.name.file_name[:12]} {miss}",
+            f"chunk {taken.name.file_name[:12]} in the journal is damaged and goes to quarantine/: it {miss}",
         )
         await self._journal.set_aside(taken)
         self._end(taken.name, SaveOutcome.FAILED)
 
     def _put_off(self, name: PendingName, *, failed: bool) -> None:
-        if failed:
-            self._pause_s = min(2 * self._pause_s, self._limits.pause_max_s)
+        self._failed |= failed
         if not self._later:
             self._retry_at_s = time.monotonic() + self._pause_s
         self._later.append(name)
@@ -233,19 +302,3 @@ class Backlog:
         self._wake.set()
         async with self._changed:
             self._changed.notify_all()
-
-
-def verified_header(name: PendingName, data: memoryview) -> ChunkHeader:
-    """The header of a whole object that is what its name says, every checksum of it compared.
-
-    Raises MissError.
-    """
-    header = decode_header(data)
-    due = parse_object_name("", name.object_name)
-    if due != (header.namespace_digest.hex()[:16], header.hash, header.shard):
-        raise MissError(MissReason.WRONG_KEY, "holds another chunk than its name says")
-    if header.object_bytes != len(data):
-        raise MissError(MissReason.TRUNCATED, f"has {len(data)}, not {header.object_bytes} bytes")
-    for section, extent in zip(header.sections, header.extents, strict=True):
-        verify_section(section, data[extent.start : extent.stop])
-    return header

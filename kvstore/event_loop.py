@@ -84,30 +84,44 @@ class EventLoopThread:
         """As `work`, for code that is not the store's and may take its time, or hang."""
         return await self._engine.run(_holding_buffers(function, arguments))
 
-    def close(self, last: Coroutine[Any, Any, None]) -> None:
+    def close(self, last: Coroutine[Any, Any, None], timeout_s: float) -> bool:
         """Cancel what still runs and wait for it, run `last`, and end the threads.
 
-        Raises what `last` raised, when all that has been done.
+        False: something, an engine's code most likely, did not end within `timeout_s`. Its threads
+        are left behind, with the memory they were given.
         """
         with self._submitting:
             self._closed = True
-            done = asyncio.run_coroutine_threadsafe(self._shut_down(last), self._loop)
+            done = asyncio.run_coroutine_threadsafe(self._shut_down(last, timeout_s), self._loop)
+        ended = True
         try:
-            done.result()
+            ended = done.result()
         finally:
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
-            self._loop.close()
+            if ended:
+                self._loop.call_soon_threadsafe(self._loop.stop)
+                self._thread.join()
+                self._loop.close()
+        return ended
 
-    async def _shut_down(self, last: Coroutine[Any, Any, None]) -> None:
+    async def _shut_down(self, last: Coroutine[Any, Any, None], timeout_s: float) -> bool:
         others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:
             task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+        hanging = (await asyncio.wait(others, timeout=timeout_s))[1] if others else ()
+        for task in others.difference(hanging):
+            # Looked at, or asyncio would report it as lost.
+            task.cancelled() or task.exception()
+        ended = not hanging
+
+        async def close(pool: BlockingCalls) -> None:
+            nonlocal ended
+            ended &= await pool.close(0.0 if hanging else timeout_s)
+
         async with contextlib.AsyncExitStack() as ending:
-            ending.push_async_callback(self._engine.close)
-            ending.push_async_callback(self._workers.close)
+            ending.push_async_callback(close, self._engine)
+            ending.push_async_callback(close, self._workers)
             await last
+        return ended
 
 
 def _holding_buffers(function: Callable[..., T], arguments: tuple[Any, ...]) -> Callable[[Caller], T]:

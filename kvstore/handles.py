@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ from kvstore.event_loop import FORKED
 from kvstore.keys import ChunkKey
 
 if TYPE_CHECKING:
-    from kvstore.disk.journal_folder import Pending
+    from kvstore.disk.pending import Pending
 
 
 @dataclass(frozen=True)
@@ -162,9 +163,11 @@ class Durability(StrEnum):
 class SavedChunk:
     """A chunk on its way to the backend. Its futures are for any thread; the store alone ends them.
 
-    kept     how it was safe first: JOURNALED, STORED or PRESENT, or else FAILED
-    ended    how it ended: STORED, PRESENT or FAILED; JOURNALED when the store was closed before
-    pending  its file in the journal, while its upload from memory is under way
+    kept       how it was safe first: JOURNALED, STORED or PRESENT; QUEUED: it could not be journaled,
+               and goes on from memory; or FAILED
+    ended      how it ended: STORED, PRESENT or FAILED; JOURNALED when the store was closed before
+    pending    its file in the journal, in the hands of whoever uploads it from memory
+    uploading  whether somebody does
     """
 
     def __init__(self, key: ChunkKey) -> None:
@@ -172,18 +175,30 @@ class SavedChunk:
         self.kept: Future[SaveOutcome] = Future()
         self.ended: Future[SaveOutcome] = Future()
         self.pending: Pending | None = None
+        self.uploading = True
+        self.journaling = asyncio.Lock()
+        self._journaled = False
+
+    @property
+    def journaled(self) -> bool:
+        """Whether it would survive a crash, or did before it was stored."""
+        return self._journaled
 
     @property
     def outcome(self) -> SaveOutcome:
         """What is known now, without waiting."""
-        for future in (self.ended, self.kept):
-            if future.done():
-                return future.result()
-        return SaveOutcome.QUEUED
+        if self.ended.done():
+            return self.ended.result()
+        return SaveOutcome.JOURNALED if self._journaled else SaveOutcome.QUEUED
 
     def note_journaled(self) -> None:
         """It would survive a crash now."""
+        self._journaled = True
         _settle(self.kept, SaveOutcome.JOURNALED)
+
+    def note_unjournaled(self) -> None:
+        """The journal does not take it."""
+        _settle(self.kept, SaveOutcome.QUEUED)
 
     def end(self, outcome: SaveOutcome) -> None:
         """It has come as far as it will. Again does nothing."""
@@ -192,7 +207,7 @@ class SavedChunk:
 
     def give_up(self) -> None:
         """It ends where it is."""
-        self.end(self.kept.result() if self.kept.done() else SaveOutcome.FAILED)
+        self.end(SaveOutcome.JOURNALED if self._journaled else SaveOutcome.FAILED)
 
 
 class SaveHandle:
@@ -206,8 +221,9 @@ class SaveHandle:
     def wait(self, timeout_s: float | None = None) -> dict[int, SaveOutcome]:
         """Wait until every chunk has come as far as asked for, or will not. Raises TimeoutError.
 
-        With QUEUED it returns at once. A chunk that is not STORED or PRESENT, nor JOURNALED if that
-        was asked for, was dropped or failed, and will be recomputed by whoever needs it.
+        With QUEUED it returns at once. With JOURNALED it waits for the disk alone: a chunk that is
+        QUEUED then could not be journaled, and goes on from memory. A chunk that was dropped or
+        failed will be recomputed by whoever needs it.
         """
         if self._until is not Durability.QUEUED:
             remote = self._until is Durability.REMOTE
@@ -245,8 +261,10 @@ class FlushReport:
     chunks_left       chunks that have not come as far as the flush was to wait for
     bytes_left        what they take in host memory or the journal, about
     chunks_journaled  how many of them a restart uploads, as they are in the journal
+    journal_unknown   the disk did not tell in time what else is in the journal
     """
 
     chunks_left: int
     bytes_left: int
     chunks_journaled: int = 0
+    journal_unknown: bool = False

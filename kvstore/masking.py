@@ -24,9 +24,11 @@ def without_user(text: str) -> str:
 
 def _masked(piece: str) -> str:
     """A piece of text with at most one URL."""
+    # First what has no scheme: its password may look like one.
+    piece = _BARE_USER_INFO.sub("****@", piece)
     authority = _AUTHORITY.search(piece)
     if authority is None:
-        return _BARE_USER_INFO.sub("****@", piece)
+        return piece
     before, behind = piece[: authority.end()], piece[authority.end() :]
     _, at, host = behind.rpartition("@")
     return f"{before}****@{host}" if at else piece

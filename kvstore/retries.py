@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TypeVar
 
 from kvstore.budget import Budget
-from kvstore.errors import CircuitOpenError, RetryableError, ThrottledError
+from kvstore.errors import RetryableError, ThrottledError
 
 T = TypeVar("T")
 # Before the second attempt and before the third, at most; longer where the store asks for fewer requests.
@@ -17,9 +18,27 @@ THROTTLED_PAUSES_S = (0.25, 1.0)
 # In a storm, when everything fails, there are a fifth more requests, not three times as many.
 _SHARE = 0.2
 # Longer and longer where nobody waits, up to this.
-_PATIENT_PAUSE_S_MAX = 5.0
+PATIENT_PAUSE_S_MAX = 5.0
 # So that a quiet store can retry at all, and a moment in which everything under way fails passes unseen.
 _RESERVE = 100.0
+
+
+class Patience:
+    """A time limit that counts only while it is being spent."""
+
+    def __init__(self, seconds: float) -> None:
+        self._left_s = seconds
+
+    @contextlib.asynccontextmanager
+    async def spent(self) -> AsyncIterator[None]:
+        """Count the time within. Raises TimeoutError when all is spent."""
+        loop = asyncio.get_running_loop()
+        began_s = loop.time()
+        try:
+            async with asyncio.timeout(max(0.0, self._left_s)):
+                yield
+        finally:
+            self._left_s -= loop.time() - began_s
 
 
 class Retries:
@@ -50,28 +69,21 @@ class Retries:
             on_retry()
         return await attempt()
 
-    async def patiently(
-        self,
-        attempt: Callable[[], Awaitable[T]],
-        on_retry: Callable[[], None],
-        wait_on: Callable[[], Awaitable[None]],
-    ) -> T:
+    async def patiently(self, attempt: Callable[[], Awaitable[T]], on_retry: Callable[[], None]) -> T:
         """As a call, but until the caller's deadline: for what nobody waits for.
 
-        It needs no budget, as pauses grow; so what was saved gets past a short outage.
-
-        wait_on  returns when the backend is not known to be down
+        Where the budget is spent pauses are as long as they get, so that a storm is not multiplied.
         """
+        self._budget.earn()
         pause_s_max = PAUSES_S[0]
         while True:
-            await wait_on()
             try:
                 return await attempt()
-            except CircuitOpenError:
-                continue
             except RetryableError as error:
                 if isinstance(error, ThrottledError):
                     pause_s_max = max(pause_s_max, THROTTLED_PAUSES_S[0])
+            if not self._budget.spend():
+                pause_s_max = PATIENT_PAUSE_S_MAX
             await asyncio.sleep(random.uniform(0, pause_s_max))  # noqa: S311 it protects nothing
-            pause_s_max = min(2 * pause_s_max, _PATIENT_PAUSE_S_MAX)
+            pause_s_max = min(2 * pause_s_max, PATIENT_PAUSE_S_MAX)
             on_retry()

@@ -8,10 +8,18 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import platformdirs
-from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, SecretStr, ValidationError
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ByteSize,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -167,6 +175,17 @@ class Settings(BaseSettings):
         ByteSize(1 << 29), description="a size such as 512MiB: saved chunks that may wait for upload"
     )
 
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        for field, value in (("durability", Durability.JOURNALED), ("when_full", "spill")):
+            if getattr(self, field) == value and not self.disk_dir:
+                name, folder = variable(field), variable("disk_dir")
+                raise ValueError(
+                    f"{name}={value} needs a disk, but {folder} is empty; set {folder} to a folder on a "
+                    f"local disk, or {name} to another value"
+                )
+        return self
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -250,11 +269,15 @@ def _read_file(path: str) -> dict[str, Any]:
 def _explain(error: ValidationError, origins: Mapping[str, str]) -> str:
     lines = []
     for problem in error.errors():
+        reason = problem["msg"].removeprefix("Value error, ")
+        if not problem["loc"]:
+            # Of several settings, which it names.
+            lines.append(reason)
+            continue
         name = str(problem["loc"][0])
         field = Settings.model_fields[name]
         secret = field.annotation is SecretStr
         value = "****" if secret else without_user(repr(problem["input"]))
-        reason = problem["msg"].removeprefix("Value error, ")
         lines.append(
             f"{variable(name)}={value} (from {origins[name]}): {reason}; it takes {field.description}"
         )

@@ -31,6 +31,8 @@ from kvstore.settings import Settings, load_settings
 __all__ = ["Durability", "KVStore"]
 
 _log = logging.getLogger("kvstore")
+# How long closing waits for an engine's code that has the store's memory in hand.
+ENGINE_TIMEOUT_S = 5.0
 
 
 class KVStore:
@@ -195,9 +197,7 @@ class KVStore:
                 return FlushReport(0, 0)
             self._closed = True
             self._parts.writes.refuse()
-            report = self._loop.run(
-                self._parts.writes.flush(Durability.REMOTE, self._settings.close_timeout_s)
-            )
+            report = self._last_flush(self._settings.close_timeout_s)
             if report.chunks_left:
                 _log.warning(
                     "closed with %d chunks (%d bytes) not stored: %d in the journal, from where the next "
@@ -207,11 +207,15 @@ class KVStore:
                     report.chunks_journaled,
                     report.chunks_left - report.chunks_journaled,
                 )
+            ended = True
             try:
-                self._loop.close(last=self._parts.disconnect())
+                ended = self._loop.close(self._parts.disconnect(), ENGINE_TIMEOUT_S)
             finally:
                 self._parts.memory.clear()
-                self._prefault.end()
+                if ended:
+                    self._prefault.end()
+            if not ended:
+                _log.warning("an engine's sink has not returned; closed without its thread and memory")
             return report
 
     def __enter__(self) -> Self:
@@ -224,6 +228,14 @@ class KVStore:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _last_flush(self, timeout_s: float) -> FlushReport:
+        flush = self._parts.writes.flush
+        if self._parts.breaker.off:
+            # The backend will hardly take them in time: waiting for more than the journal is of no use.
+            self._loop.run(flush(Durability.JOURNALED, timeout_s))
+            timeout_s = 0.0
+        return self._loop.run(flush(Durability.REMOTE, timeout_s))
 
     def _durability(self, until: Durability | None) -> Durability:
         until = until or self._settings.durability

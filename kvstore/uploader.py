@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import TypeVar
@@ -10,7 +11,7 @@ from typing import TypeVar
 from kvstore.backends.contract import ABSENT, Buffer, PutResult, PutStatus
 from kvstore.backends.guarded import GuardedBackend
 from kvstore.chunk import decode_header
-from kvstore.errors import CircuitOpenError, MisconfiguredError, MissError, MissReason, RetryableError
+from kvstore.errors import MissError, MissReason
 from kvstore.failpoints import Failpoint, reach
 from kvstore.handles import SaveOutcome
 from kvstore.keys import ChunkKey, namespace_document_name, object_name
@@ -19,13 +20,14 @@ from kvstore.presence import DAMAGE, Presence
 from kvstore.retries import Retries
 
 T = TypeVar("T")
+DESCRIBED_S = 3600.0
 
 
 class Uploader:
     """Uploads of one store, on its loop.
 
-    Each request is made again until it is answered, by whoever's deadline: every method raises
-    only what no further attempt can mend.
+    Each request is made again until it is answered, by whoever's deadline. What is raised is
+    CircuitOpenError, while the backend is known to be down, or what no further attempt can mend.
     """
 
     def __init__(
@@ -41,7 +43,7 @@ class Uploader:
         self._presence = presence
         self._retries = retries
         self._on_retry = on_retry
-        self._described: set[str] = set()
+        self._described_until_s: dict[str, float] = {}
         self._describing = asyncio.Lock()
 
     @property
@@ -54,15 +56,14 @@ class Uploader:
         await self._backend.breaker.wait_on()
 
     async def describe(self, namespace_name: str, document: bytes) -> None:
-        """Say in the bucket what the namespace is, once per store."""
-        if namespace_name in self._described:
+        """Say in the bucket what the namespace is, from time to time: a lifecycle rule may remove it."""
+        if self._is_described(namespace_name):
             return
         async with self._describing:
-            if namespace_name not in self._described:
+            if not self._is_described(namespace_name):
                 name = namespace_document_name(self._prefix, namespace_name)
-                put = partial(self._backend.put, name, [document], if_absent=True)
-                await self._made(put)
-                self._described.add(namespace_name)
+                await self._made(partial(self._backend.put, name, [document], if_absent=True))
+                self._described_until_s[namespace_name] = time.monotonic() + DESCRIBED_S
                 reach(Failpoint.DESCRIBED)
 
     async def put(
@@ -84,37 +85,46 @@ class Uploader:
             return result
 
         outcome = SaveOutcome.STORED
-        if (await self._made(put)).status is PutStatus.EXISTS:
+        while (await self._made(put)).status is PutStatus.EXISTS:
             try:
-                outcome = await self._whose(name, key, shard, memoryview(parts[0])[:header_bytes])
+                found = await self._header(key, shard, header_bytes)
             except MissError as miss:
                 if miss.reason not in DAMAGE:
                     return SaveOutcome.PRESENT
                 self._presence.note_miss(key, miss.reason)
-                await self._made(put)
+                continue
+            # One that was removed meanwhile can be put.
+            if found is not None:
+                # Headers name their writer, and have every section's checksum.
+                ours = found == memoryview(parts[0])[:header_bytes]
+                outcome = SaveOutcome.STORED if ours else SaveOutcome.PRESENT
+                break
         self._presence.note_stored(key)
         return outcome
 
-    async def _whose(self, name: str, key: ChunkKey, shard: Shard, sent: memoryview) -> SaveOutcome:
-        """Whether the object that is there is the one that was sent, or another writer's of this chunk.
-
-        Headers name their writer, and have every section's checksum. Raises MissError when it is neither.
-        """
-        found = memoryview(bytearray(len(sent)))
+    async def holds(self, key: ChunkKey, shard: Shard, header_bytes: int) -> bool:
+        """Whether there is an object that begins with a chunk's header, which has so many bytes."""
         try:
-            result = await self._retries(partial(self._backend.read_into, name, 0, found), self._on_retry)
-        except (RetryableError, CircuitOpenError, MisconfiguredError):
-            return SaveOutcome.PRESENT
+            return await self._header(key, shard, header_bytes) is not None
+        except MissError:
+            return False
+
+    async def _header(self, key: ChunkKey, shard: Shard, header_bytes: int) -> memoryview | None:
+        """How the chunk's object begins; None where there is none. MissError: not with its header."""
+        name = object_name(self._prefix, key, shard)
+        found = memoryview(bytearray(header_bytes))
+        result = await self._made(partial(self._backend.read_into, name, 0, found))
         if result is ABSENT:
-            raise MissError(MissReason.TRUNCATED, "was removed meanwhile")
-        if found == sent:
-            return SaveOutcome.STORED
+            return None
         header = decode_header(found[: result.length])
         if (header.hash, header.namespace_digest, header.shard) != (key.hash, key.namespace_digest, shard):
             raise MissError(MissReason.WRONG_KEY, "holds another chunk")
         if header.object_bytes != result.object_bytes:
             raise MissError(MissReason.TRUNCATED, "has another length than its header says")
-        return SaveOutcome.PRESENT
+        return found
+
+    def _is_described(self, namespace_name: str) -> bool:
+        return time.monotonic() < self._described_until_s.get(namespace_name, 0.0)
 
     async def _made(self, request: Callable[[], Awaitable[T]]) -> T:
-        return await self._retries.patiently(request, self._on_retry, self.wait_on)
+        return await self._retries.patiently(request, self._on_retry)

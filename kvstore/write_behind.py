@@ -4,6 +4,9 @@
 
 A chunk that was journaled and finds no free place for its upload leaves memory: the backlog uploads
 it from disk. What is not journaled waits in memory, and is lost when its upload fails.
+
+Of a chunk's file in the journal, `SavedChunk.pending`, exactly one is in charge: the upload from
+memory while there is one (`uploading`), then the backlog.
 """
 
 from __future__ import annotations
@@ -17,16 +20,15 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from kvstore.arena import Slot
 from kvstore.backends.contract import Buffer
 from kvstore.backlog import Backlog
 from kvstore.chunk_writer import ChunkWriter
 from kvstore.disk.journal import Journal
-from kvstore.disk.journal_folder import Pending, PendingName
+from kvstore.disk.pending import Pending, PendingName
 from kvstore.disk.tier import DiskTier
-from kvstore.errors import KVStoreError, StoreClosedError
+from kvstore.errors import CircuitOpenError, KVStoreError, StoreClosedError
 from kvstore.event_loop import EventLoopThread
 from kvstore.failpoints import Failpoint, reach
 from kvstore.handles import Durability, FlushReport, SavedChunk, SaveOutcome
@@ -34,6 +36,7 @@ from kvstore.keys import ChunkKey
 from kvstore.layout import ChunkForm
 from kvstore.metrics import Metrics
 from kvstore.namespace import Namespace
+from kvstore.retries import Patience
 from kvstore.uploader import Uploader
 from kvstore.warn import BACKEND_TROUBLE, WarnRarely
 
@@ -46,8 +49,10 @@ class QueueLimits:
     """Bounds of the queue.
 
     chunks     that may wait in host memory
-    timeout_s  an upload that takes longer, retries included, fails
-    spill      whether chunks are journaled, to leave memory, while more than half of those wait
+    timeout_s  how long a chunk may be tried, or its backend be down, before it is dropped; waiting for
+               its turn does not count
+    spill      whether chunks are journaled, to leave memory, while the backend is down or more than
+               half of those wait
     """
 
     chunks: int
@@ -170,26 +175,34 @@ class WriteBehind:
 
         For at most `timeout_s`.
         """
-        remote = until is Durability.REMOTE
+        if until is Durability.QUEUED:
+            return FlushReport(0, 0)
+        backlog = self._disk.backlog if self._disk is not None and until is Durability.REMOTE else None
         with self._changed:
             chunks = list(self._under_way.values())
-        ends = [chunk.ended if remote else chunk.kept for chunk in chunks]
-        emptying = None
-        waits: list[asyncio.Future[Any]] = [asyncio.wrap_future(end) for end in ends]
-        if remote and self._disk is not None:
-            emptying = asyncio.ensure_future(self._disk.backlog.wait_empty())
-            waits.append(emptying)
+        waits = [asyncio.ensure_future(_come_so_far(chunk, until)) for chunk in chunks]
+        if backlog is not None:
+            backlog.hurry()
+            waits.append(asyncio.ensure_future(backlog.wait_empty()))
         if waits:
-            await asyncio.wait(waits, timeout=timeout_s)
-        if emptying is not None:
-            # It alone: the others belong to those who saved.
-            emptying.cancel()
-        left = [chunk for chunk, end in zip(chunks, ends, strict=True) if not end.done()]
-        inherited = self._disk.backlog.inherited if remote and self._disk is not None else 0
+            for wait in (await asyncio.wait(waits, timeout=timeout_s))[1]:
+                wait.cancel()
+        left = [
+            chunk for chunk, wait in zip(chunks, waits, strict=False) if wait.cancelled() or not wait.done()
+        ]
+        return self._report(left, backlog)
+
+    def _report(self, left: Sequence[SavedChunk], backlog: Backlog | None) -> FlushReport:
+        inherited = 0
+        if backlog is not None:
+            # A look may have met the files of chunks that are uploaded from memory.
+            own = {PendingName.of(chunk.key, self._form.shard) for chunk in left}
+            inherited = len(backlog.inherited - own)
         return FlushReport(
             chunks_left=len(left) + inherited,
             bytes_left=(len(left) + inherited) * self._form.raw_bytes,
-            chunks_journaled=sum(chunk.kept.done() for chunk in left) + inherited,
+            chunks_journaled=sum(chunk.journaled for chunk in left) + inherited,
+            journal_unknown=backlog is not None and not backlog.looked,
         )
 
     @property
@@ -200,7 +213,9 @@ class WriteBehind:
     @property
     def _crowded(self) -> bool:
         """Whether a chunk had better wait on disk than in memory."""
-        return self._limits.spill and self._held_up and 2 * self._queued > self._limits.chunks
+        if not self._limits.spill:
+            return False
+        return self._uploader.off or (self._places.locked() and 2 * self._queued > self._limits.chunks)
 
     def _joinable(self, key: ChunkKey) -> SavedChunk | None:
         # One that has ended may not have been removed yet.
@@ -236,43 +251,76 @@ class WriteBehind:
         except Exception:
             _log.exception("chunk %s could not be stored because of a defect", chunk.key)
         finally:
-            if chunk.pending is not None:
+            chunk.uploading = False
+            if outcome in (SaveOutcome.STORED, SaveOutcome.PRESENT):
+                await self._settle(chunk)
+            elif chunk.journaled:
                 outcome = None
                 await self._hand_over(chunk)
         if outcome is not None:
             chunk.end(outcome)
 
     def _failed(self, chunk: SavedChunk, why: str) -> None:
-        left = "is dropped" if chunk.pending is None else "stays in the journal"
+        left = "stays in the journal" if chunk.journaled else "is dropped"
         self._warn(BACKEND_TROUBLE, f"chunk {chunk.key} {why}, and {left}")
 
     async def _store(
         self, namespace: Namespace, chunk: SavedChunk, slot: Slot, *, journal: bool
     ) -> SaveOutcome | None:
-        """Bring a chunk into the bucket. None: it is in the journal, and the backlog does the rest."""
-        if journal or self._crowded:
-            async with contextlib.AsyncExitStack() as held:
-                async with self._journal_places:
-                    parts = await held.enter_async_context(self._sealed(chunk.key, slot))
-                    await self._journal(namespace, chunk, parts)
-                if chunk.kept.done():
-                    if chunk.pending is None or self._held_up:
-                        await self._hand_over(chunk)
-                        return None
-                    async with self._places:
-                        return await self._upload(namespace, chunk, parts)
-        # Before it has a place: all that wait for a backend that is down are dropped in time.
-        async with asyncio.timeout(self._limits.timeout_s):
-            await self._uploader.wait_on()
-        async with self._places, self._sealed(chunk.key, slot) as parts:
-            return await self._upload(namespace, chunk, parts)
+        """Bring a chunk into the bucket. None: it is in the journal, and the backlog shall do the rest."""
+        try:
+            return await self._store_in_time(namespace, chunk, slot, journal=journal)
+        except TimeoutError:
+            if not self._limits.spill:
+                raise
+            await self._journal_now(namespace, chunk, slot)
+            if not chunk.journaled:
+                raise
+            return None
+
+    async def _store_in_time(
+        self, namespace: Namespace, chunk: SavedChunk, slot: Slot, *, journal: bool
+    ) -> SaveOutcome | None:
+        patience = Patience(self._limits.timeout_s)
+        while True:
+            if journal or self._crowded:
+                journal = False
+                async with contextlib.AsyncExitStack() as held:
+                    parts = await self._journal_now(namespace, chunk, slot, held)
+                    if chunk.journaled:
+                        if chunk.pending is None or self._held_up:
+                            return None
+                        async with self._places:
+                            return await self._upload(namespace, chunk, parts, patience)
+            async with patience.spent():
+                await self._uploader.wait_on()
+            try:
+                async with self._places, self._sealed(chunk.key, slot) as parts:
+                    return await self._upload(namespace, chunk, parts, patience)
+            except CircuitOpenError:
+                # Others had better have its place; all wait together until the backend is on again.
+                continue
 
     async def _journal_too(self, namespace: Namespace, chunk: SavedChunk, slot: Slot) -> None:
         """Journal a chunk whose upload was begun for somebody who did not ask for that."""
-        async with self._journal_places, self._sealed(chunk.key, slot) as parts:
+        try:
+            await self._journal_now(namespace, chunk, slot)
+        finally:
+            if chunk.pending is not None and not chunk.uploading:
+                await self._hand_over(chunk)
+
+    async def _journal_now(
+        self,
+        namespace: Namespace,
+        chunk: SavedChunk,
+        slot: Slot,
+        held: contextlib.AsyncExitStack | None = None,
+    ) -> Sequence[Buffer]:
+        """Journal a chunk, if it can be. The object that is returned is valid as long as `held` is."""
+        async with contextlib.AsyncExitStack() as own, self._journal_places:
+            parts = await (held or own).enter_async_context(self._sealed(chunk.key, slot))
             await self._journal(namespace, chunk, parts)
-        if chunk.ended.done() and chunk.pending is not None:
-            await self._hand_over(chunk)
+            return parts
 
     @contextlib.asynccontextmanager
     async def _sealed(self, key: ChunkKey, slot: Slot) -> AsyncIterator[Sequence[Buffer]]:
@@ -288,16 +336,21 @@ class WriteBehind:
     async def _journal(self, namespace: Namespace, chunk: SavedChunk, parts: Sequence[Buffer]) -> None:
         assert self._disk is not None
         name = PendingName.of(chunk.key, self._form.shard)
-        pending = await self._disk.journal.write(name, namespace.document(), parts)
-        if pending is None:
-            return
-        chunk.note_journaled()
-        reach(Failpoint.JOURNALED)
-        if isinstance(pending, Pending):
-            chunk.pending = pending
-            # Readable, once memory has no room for it, before it is in the bucket.
-            await self._disk.tier.adopt(chunk.key, pending)
-            reach(Failpoint.DISK_ADOPTED)
+        async with chunk.journaling:
+            if chunk.journaled or chunk.ended.done():
+                return
+            pending = await self._disk.journal.write(name, namespace.document(), parts)
+            if pending is None:
+                chunk.note_unjournaled()
+                return
+            if isinstance(pending, Pending):
+                chunk.pending = pending
+            chunk.note_journaled()
+            reach(Failpoint.JOURNALED)
+            if isinstance(pending, Pending):
+                # Readable, once memory has no room for it, before it is in the bucket.
+                await self._disk.tier.adopt(chunk.key, pending)
+                reach(Failpoint.DISK_ADOPTED)
 
     async def _hand_over(self, chunk: SavedChunk) -> None:
         """Leave a journaled chunk to the backlog, which takes it from disk."""
@@ -305,30 +358,32 @@ class WriteBehind:
         pending, chunk.pending = chunk.pending, None
         if pending is not None:
             await self._disk.journal.close(pending)
-        self._disk.backlog.add(PendingName.of(chunk.key, self._form.shard), chunk)
+        self._disk.backlog.add(chunk)
         reach(Failpoint.HANDED_OVER)
 
-    async def _upload(self, namespace: Namespace, chunk: SavedChunk, parts: Sequence[Buffer]) -> SaveOutcome:
-        async with asyncio.timeout(self._limits.timeout_s):
+    async def _upload(
+        self, namespace: Namespace, chunk: SavedChunk, parts: Sequence[Buffer], patience: Patience
+    ) -> SaveOutcome:
+        async with patience.spent():
             await self._uploader.describe(namespace.name, namespace.document())
             outcome = await self._uploader.put(chunk.key, self._form.shard, parts, self._form.header_bytes)
-        if chunk.pending is None:
+        if not chunk.journaled:
             await self._keep_on_disk(chunk.key, parts)
-        else:
-            await self._settle(chunk)
         reach(Failpoint.STORED)
         return outcome
 
     async def _settle(self, chunk: SavedChunk) -> None:
-        """A journaled chunk is in the bucket: it is pending no more."""
-        assert self._disk is not None
-        assert chunk.pending is not None
-        try:
-            await self._disk.journal.remove(chunk.pending)
-        except OSError:
-            return  # the backlog tries again
+        """A chunk is in the bucket: if it was journaled it is pending no more."""
         pending, chunk.pending = chunk.pending, None
-        await self._disk.journal.close(pending)
+        if pending is None:
+            return
+        assert self._disk is not None
+        try:
+            # One that cannot be removed is uploaded once more, by whoever finds it.
+            with contextlib.suppress(OSError):
+                await self._disk.journal.remove(pending)
+        finally:
+            await self._disk.journal.close(pending)
         reach(Failpoint.SETTLED)
 
     async def _keep_on_disk(self, key: ChunkKey, parts: Sequence[Buffer]) -> None:
@@ -341,3 +396,12 @@ class WriteBehind:
                 reach(Failpoint.DISK_FILLED)
         finally:
             fill.abandon()
+
+
+async def _come_so_far(chunk: SavedChunk, until: Durability) -> None:
+    """Wait until a chunk has come so far, or has failed. Whoever is cancelled here leaves it alone."""
+    if until is Durability.JOURNALED:
+        await asyncio.shield(asyncio.wrap_future(chunk.kept))
+        if chunk.journaled:
+            return
+    await asyncio.shield(asyncio.wrap_future(chunk.ended))

@@ -7,9 +7,10 @@ import contextlib
 import fcntl
 import os
 import stat
+import subprocess
 import threading
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -263,3 +264,22 @@ class _Rule:
         self.hanging += 1
         self.released.wait(2 * PATIENCE_S)
         self.hanging -= 1
+
+
+@contextlib.contextmanager
+def tmpfs(folder: Path, size: str) -> Iterator[None]:
+    """A small file system of its own; skips where one cannot be mounted."""
+    folder.mkdir()
+    if (
+        os.geteuid() != 0
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "kvstore-test", str(folder)],
+            check=False,
+            capture_output=True,
+        ).returncode
+    ):
+        pytest.skip("needs to mount a tmpfs, as root")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)

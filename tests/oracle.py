@@ -9,10 +9,9 @@ from node_process import Prompt, content
 from samples import FORM, name_of
 
 from kvstore.arena import Arena
-from kvstore.backlog import verified_header
 from kvstore.chunk_writer import ChunkWriter
 from kvstore.codecs.registry import decoder
-from kvstore.disk.journal_folder import PendingName
+from kvstore.disk.pending import PendingName, verified_header
 from kvstore.errors import MissError
 from kvstore.keys import ChunkKey
 

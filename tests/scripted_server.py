@@ -128,8 +128,13 @@ async def scripted_server(tls: ssl.SSLContext | None = None) -> AsyncIterator[Sc
     scripted = ScriptedServer()
     # How long it waits for the other end's farewell, which may never come.
     patience = {"ssl_shutdown_timeout": 0.1} if tls else {}
-    server = await asyncio.start_server(scripted.accept, "127.0.0.1", 0, ssl=tls, **patience)
-    scripted.url = f"http{'s' if tls else ''}://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    # Asyncio has small packets sent at once where it is told that this is TCP.
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.bind(("127.0.0.1", 0))
+    # Or the system would take many MiB for a script that does not read.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+    server = await asyncio.start_server(scripted.accept, sock=listener, ssl=tls, **patience)
+    scripted.url = f"http{'s' if tls else ''}://127.0.0.1:{listener.getsockname()[1]}"
     try:
         yield scripted
     finally:

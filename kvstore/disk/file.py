@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import threading
 import time
@@ -92,6 +93,9 @@ class NewFile:
             # Before the lock goes with the file: a sweeper may take it for a dead writer's then.
             with contextlib.suppress(OSError):
                 self._path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                # A child that was forked may still have it open.
+                fcntl.flock(self._file, fcntl.LOCK_UN)
             for file in (self._file, self._direct_file):
                 if file is not None:
                     with contextlib.suppress(OSError):

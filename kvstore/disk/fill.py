@@ -83,11 +83,8 @@ class DiskFill:
         self._written.add(offset, stop)
         return True
 
-    async def commit(self, *, sync: bool = False) -> bool:
-        """Make the chunk visible. False: it is not in the tier, because of the disk or a missing piece.
-
-        sync  return only when the chunk would survive a power cut
-        """
+    async def commit(self) -> bool:
+        """Make the chunk visible. False: it is not in the tier, because of the disk or a missing piece."""
         if self._ended:
             return False
         if not self._written.cover(self._object_bytes):
@@ -99,7 +96,7 @@ class DiskFill:
             with file.used():
                 caller.check()
                 path = self._parts.folder.path(self._chunk)
-                found = self._parts.folder.publish(file, path, sync=sync)
+                found = self._parts.folder.publish(file, path)
                 if self._parts.index.admit(self._reservation, cost_bytes(found)):
                     self._parts.look_soon()
 

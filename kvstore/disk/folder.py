@@ -29,7 +29,7 @@ from kvstore.backends.object_files import entries, etag, status
 from kvstore.chunk import HEADER_REGION_BYTES_MAX, ChunkHeader, decode_header
 from kvstore.disk import io as disk_io
 from kvstore.disk.file import NewFile, cost_bytes
-from kvstore.errors import MissError, MissReason
+from kvstore.errors import MissError, MissReason, RetryableError
 from kvstore.keys import FORMAT_FOLDER, ObjectName, parse_object_name
 from kvstore.layout import SECTION_ALIGN_MAX
 
@@ -184,36 +184,29 @@ class DiskFolder:
             os.close(file)
         raise BlockingIOError(errno.EAGAIN, "each file is locked or removed at once", str(self._unfinished))
 
-    def publish(self, file: NewFile, path: Path, *, sync: bool) -> os.stat_result:
+    def publish(self, file: NewFile, path: Path) -> os.stat_result:
         """Make a finished file a chunk's. One that is there already stays, and is as good.
 
-        sync  return only when it would survive a power cut
+        RetryableError: another process removed it as soon as it was written.
         """
-        made = self.make_folder(path.parent)
+        self.make_folder(path.parent)
         with contextlib.suppress(FileExistsError):
-            file.link(path, sync=sync)
-        if sync:
-            for folder in (*made, path.parent):
-                sync_folder(folder)
+            file.link(path, sync=False)
         found = status(path)
         if found is None:
-            raise FileNotFoundError(errno.ENOENT, "removed as soon as it was written", str(path))
+            raise RetryableError(f"{path} was removed as soon as it was written")
         return found
 
-    def make_folder(self, folder: Path) -> list[Path]:
-        """Make a folder below the root. Returns the parents of what was made."""
+    def make_folder(self, folder: Path) -> None:
+        """Make a folder below the root, and those between."""
         if folder == self.root:
             raise FileNotFoundError(errno.ENOENT, "the folder is gone", str(self.root))
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            return []
-        except FileNotFoundError:
-            made = self.make_folder(folder.parent)
-            with contextlib.suppress(FileExistsError):
+        with contextlib.suppress(FileExistsError):
+            try:
                 folder.mkdir()
-            return [*made, folder.parent]
-        return [folder.parent]
+            except FileNotFoundError:
+                self.make_folder(folder.parent)
+                folder.mkdir()
 
     def remove(self, path: Path) -> bool:
         """Remove a chunk's file; False when it was gone already. Folders stay: few, and soon used again."""

@@ -242,6 +242,11 @@ class DiskIndex:
         with self._lock:
             self._limit_bytes = min(self._limit_bytes, self.occupied_bytes)
 
+    def give_way(self, bytes_: int) -> None:
+        """The disk is full, and somebody needs so much of it more than this: hold less until a scan."""
+        with self._lock:
+            self._limit_bytes = min(self._limit_bytes, max(0, self.occupied_bytes - bytes_))
+
     def _release(self, reservation: Reservation) -> None:
         if self._filling.get(reservation.key) is not reservation:
             return

@@ -9,12 +9,14 @@ from functools import partial
 from typing import Generic, TypeVar
 
 from kvstore.backends.arguments import byte_views
-from kvstore.backends.blocking import Caller
+from kvstore.backends.blocking import BlockingCalls, Caller
 from kvstore.backends.contract import Buffer
-from kvstore.disk.events import DiskEvents, JournalDrop
+from kvstore.disk.events import DiskEvents, DiskFailure, JournalDrop
 from kvstore.disk.file import likely_cost_bytes
 from kvstore.disk.half import DiskHalf
-from kvstore.disk.journal_folder import JournalFolder, JournalLook, Pending, PendingName, Untaken
+from kvstore.disk.journal_folder import JournalFolder, JournalLook, Move
+from kvstore.disk.pending import Pending, PendingName, Untaken
+from kvstore.errors import RetryableError
 
 Opened = TypeVar("Opened", bound=Pending | Untaken | None)
 # Bytes of a chunk that are read within one time limit of the disk's.
@@ -26,9 +28,12 @@ _CLOSE_S = 5.0
 class Journal:
     """Pending chunks of one destination in a folder that any number of processes share.
 
-    Used on the store's loop. Nothing waits longer than the disk's own limits, whatever it does.
+    Used on the store's loop. But for `look`, nothing waits longer than the disk's own limits.
 
+    looks      runs what takes as long as there are files
     tried      set when the disk was tried for the first time
+    give_way   has the disk tier, a cache, make room for so many bytes on a full disk, in a thread;
+               False when it cannot
     bytes_max  of pending chunks, those of other processes and destinations included as far as the
                last look saw them
     """
@@ -39,23 +44,27 @@ class Journal:
         folder: JournalFolder,
         reads: DiskHalf,
         writes: DiskHalf,
+        looks: BlockingCalls,
         tried: asyncio.Event,
+        give_way: Callable[[int, Caller], bool],
         bytes_max: int,
         events: DiskEvents,
     ) -> None:
         self._folder = folder
         self._reads = reads
         self._writes = writes
+        self._looks = looks
         self._tried = tried
+        self._give_way = give_way
         self._bytes_max = bytes_max
         self._events = events
-        self._lock = threading.Lock()
-        self._bytes = 0
+        self._pending_bytes = 0
+        self._writing_bytes = 0
 
     @property
     def pending_bytes(self) -> int:
         """What pending chunks take, about. Any thread may ask."""
-        return self._bytes
+        return self._pending_bytes
 
     async def write(
         self, name: PendingName, namespace_document: bytes, parts: Sequence[Buffer]
@@ -63,7 +72,7 @@ class Journal:
         """Have a chunk survive a crash and a power cut; `parts`, its object, must not change meanwhile.
 
         A Pending is for the caller to upload, to `remove` then, and in any case to `close`. BUSY: it
-        was pending already, in another process's care. None: it is not safe; that was counted.
+        is whole in the journal already, in another's hands. None: it is not safe; that was counted.
         """
         views = byte_views(parts)
         cost_bytes = likely_cost_bytes(sum(len(view) for view in views))
@@ -71,50 +80,62 @@ class Journal:
         if self._writes.off:
             self._events.journal_dropped(JournalDrop.DEGRADED)
             return None
-        if not self._reserve(cost_bytes):
+        if self._pending_bytes + self._writing_bytes + cost_bytes > self._bytes_max:
             self._events.journal_dropped(JournalDrop.FULL)
             return None
-        pending = None
+
+        def write(caller: Caller) -> Pending | None:
+            try:
+                return self._folder.write(name, namespace_document, views, caller)
+            except OSError as error:
+                if DiskFailure.of(error) is not DiskFailure.FULL or not self._give_way(cost_bytes, caller):
+                    raise
+            return self._folder.write(name, namespace_document, views, caller)
+
+        self._writing_bytes += cost_bytes
         try:
-            pending = await _kept(
-                self._writes, lambda caller: self._folder.write(name, namespace_document, views, caller)
-            )
-        except OSError:
+            pending = await _kept(self._writes, write)
+        except (OSError, RetryableError):
             self._events.journal_dropped(JournalDrop.FAILED)
             return None
         finally:
-            if pending is None:
-                self._release(cost_bytes)
-        return pending or Untaken.BUSY
+            self._writing_bytes -= cost_bytes
+        if pending is None:
+            return Untaken.BUSY
+        self._pending_bytes += cost_bytes
+        return pending
 
     async def take(self, name: PendingName) -> Pending | Untaken:
         """Take a pending chunk for upload; to be closed in any case. Raises OSError."""
         return await _kept(self._reads, lambda _: self._folder.take(name))
 
-    async def read(self, pending: Pending) -> memoryview:
-        """The bytes of a chunk that was taken, unverified, in memory of their own.
+    async def read(self, pending: Pending, out: memoryview) -> None:
+        """Fill `out`, as long as the object, with the bytes of a chunk that was taken, unverified.
 
         Raises OSError; RetryableError when the file is shorter than it was.
         """
-        data = memoryview(bytearray(pending.object_bytes))
-        for start in range(0, len(data), _READ_BYTES):
+        for start in range(0, len(out), _READ_BYTES):
             await self._reads.run(
-                partial(self._folder.read, pending, start, data[start : start + _READ_BYTES])
+                partial(self._folder.read, pending, start, out[start : start + _READ_BYTES])
             )
-        return data
 
     async def namespace_document(self, namespace_name: str) -> bytes:
         """What the namespace is, as it is to stand in the bucket; empty if unknown. Raises OSError."""
-        return await self._reads.run(lambda _: self._folder.namespace_document(namespace_name))
+        document = await self._reads.run(lambda _: self._folder.namespace_document(namespace_name))
+        if document is None:
+            self._events.set_aside(1)
+        return document or b""
 
     async def remove(self, pending: Pending) -> None:
         """The chunk is in the bucket: forget it. Raises OSError; then it will be uploaded once more."""
-        await self._end(pending, self._folder.remove)
+        await self._writes.run(lambda _: self._folder.remove(pending))
+        self._forget(pending)
 
     async def set_aside(self, pending: Pending) -> None:
-        """The chunk is damaged: keep its file out of the way. Raises OSError."""
-        await self._end(pending, self._folder.set_aside)
-        self._events.set_aside(1)
+        """The chunk is damaged: keep its file out of the way, if it can be moved. Raises OSError."""
+        if await self._writes.run(lambda _: self._folder.set_aside(pending)) is Move.DONE:
+            self._forget(pending)
+            self._events.set_aside(1)
 
     async def close(self, pending: Pending) -> None:
         """Give a chunk up: unless it was removed, somebody may take it. To be called once."""
@@ -122,26 +143,18 @@ class Journal:
 
     async def look(self) -> JournalLook:
         """Find what is pending, and set aside what should not be there. Raises OSError."""
-        look = await self._reads.run(self._folder.look)
-        with self._lock:
-            self._bytes = look.bytes_
+        try:
+            look = await self._looks.run(self._folder.look)
+        except OSError as error:
+            self._reads.failed(error)
+            raise
+        self._pending_bytes = look.bytes_
         if look.set_aside:
             self._events.set_aside(look.set_aside)
         return look
 
-    async def _end(self, pending: Pending, end: Callable[[Pending], None]) -> None:
-        await self._writes.run(lambda _: end(pending))
-        self._release(likely_cost_bytes(pending.object_bytes))
-
-    def _reserve(self, cost_bytes: int) -> bool:
-        with self._lock:
-            fits = self._bytes + cost_bytes <= self._bytes_max
-            self._bytes += fits * cost_bytes
-        return fits
-
-    def _release(self, cost_bytes: int) -> None:
-        with self._lock:
-            self._bytes = max(0, self._bytes - cost_bytes)
+    def _forget(self, pending: Pending) -> None:
+        self._pending_bytes = max(0, self._pending_bytes - likely_cost_bytes(pending.object_bytes))
 
 
 async def _kept(half: DiskHalf, open_: Callable[[Caller], Opened]) -> Opened:

@@ -14,25 +14,32 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
-import json
 import os
 import re
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import NamedTuple
 
 from kvstore.backends.blocking import Caller
 from kvstore.backends.object_files import entries, status
 from kvstore.disk import io as disk_io
 from kvstore.disk.file import NewFile
 from kvstore.disk.folder import DiskFolder, is_absence, sync_folder
+from kvstore.disk.pending import (
+    Destination,
+    Pending,
+    PendingName,
+    Untaken,
+    unlock_and_close,
+    verified_header,
+)
+from kvstore.errors import MissError, RetryableError
 from kvstore.failpoints import Failpoint, reach
-from kvstore.keys import FORMAT_FOLDER, ChunkKey, parse_object_name
-from kvstore.layout import Shard
+from kvstore.keys import parse_object_name
+from kvstore.namespace import Namespace
 
 PENDING_FOLDER = "pending"
 QUARANTINE_FOLDER = "quarantine"
@@ -41,69 +48,19 @@ _NAMESPACE_DOCUMENT = "namespace.json"
 _FOLDER_NAME = re.compile(r"[0-9a-f]{16}\Z")
 _NAMESPACE_DOCUMENT_BYTES_MAX = 1 << 16
 _QUARANTINE_NAME_MAX = 160
+# How long a write waits for whoever looks at a file of its name, and between two tries.
+_BUSY_S = 2.0
+_BUSY_STEP_S = 0.02
+# Another process may encode a chunk less well.
+_LARGER_MAX = 4
 
 
-@dataclass(frozen=True)
-class Destination:
-    """Where chunks of a journal are to go. `location` is a backend's."""
+class Move(Enum):
+    """What became of a file that was to be moved to quarantine/. GONE: another process was quicker."""
 
-    location: str
-    prefix: str
-
-    @property
-    def name(self) -> str:
-        """The folder that keeps what is to go there: 16 hex digits."""
-        return hashlib.sha256(f"{self.location}\n{self.prefix}".encode()).hexdigest()[:16]
-
-    def document(self) -> bytes:
-        """What the destination is, for people."""
-        return json.dumps({"location": self.location, "prefix": self.prefix}, indent=1).encode() + b"\n"
-
-
-class PendingName(NamedTuple):
-    """A chunk by the name of its pending file. `file_name`: `<hash>.<shard>`."""
-
-    namespace_name: str
-    file_name: str
-
-    @classmethod
-    def of(cls, key: ChunkKey, shard: Shard) -> PendingName:
-        """How a chunk is called here."""
-        return cls(key.namespace_digest.hex()[:16], f"{key.hash.hex()}.{shard}")
-
-    @property
-    def object_name(self) -> str:
-        """How its object is called in a bucket, without the prefix."""
-        return f"{FORMAT_FOLDER}/{self.namespace_name}/{self.file_name[:2]}/{self.file_name}"
-
-
-class Untaken(Enum):
-    """Why a pending chunk was not taken for upload."""
-
+    DONE = "done"
     GONE = "gone"
-    BUSY = "busy"
-
-
-class Pending:
-    """A pending chunk that this process uploads: its file is locked until `close`."""
-
-    def __init__(self, name: PendingName, file: int | NewFile, object_bytes: int) -> None:
-        self.name = name
-        self.object_bytes = object_bytes
-        self.file = file
-
-    @property
-    def new_file(self) -> NewFile:
-        """The file, of a chunk that was written here, for giving it a second name."""
-        assert isinstance(self.file, NewFile)
-        return self.file
-
-    def close(self) -> None:
-        """Let others take it, if it is still pending. To be called once."""
-        if isinstance(self.file, NewFile):
-            self.file.close()
-        else:
-            os.close(self.file)
+    REFUSED = "refused"
 
 
 @dataclass
@@ -114,12 +71,19 @@ class JournalLook:
     bytes_     of all pending chunks, those for other destinations included
     elsewhere  how many of them are for other destinations
     set_aside  how many files and folders did not belong there and are in quarantine/ now
+    stuck      how many could not be moved there
     """
 
     names: list[PendingName] = field(default_factory=list)
     bytes_: int = 0
     elsewhere: int = 0
     set_aside: int = 0
+    stuck: int = 0
+
+    def note(self, move: Move) -> None:
+        """Count what did not belong there."""
+        self.set_aside += move is Move.DONE
+        self.stuck += move is Move.REFUSED
 
 
 class JournalFolder:
@@ -140,21 +104,24 @@ class JournalFolder:
         parts: Sequence[memoryview],
         caller: Caller,
     ) -> Pending | None:
-        """Write a chunk so that it survives a power cut. None: it is in a living process's care already."""
+        """Write a chunk so that it survives a power cut.
+
+        None: it is whole in the journal already, in the hands of a living process. RetryableError:
+        somebody has a file of its name in hand that is not whole.
+        """
         file = self._folder.create(lambda: None)
         try:
             reach(Failpoint.JOURNAL_CREATED)
             with file.used():
                 file.write(0, parts, caller)
                 reach(Failpoint.JOURNAL_WRITTEN)
-                self._prepare(name.namespace_name, namespace_document, caller)
-                caller.check()
-                linked = self._link(file, name)
+                object_bytes = sum(len(part) for part in parts)
+                linked = self._named(file, name, namespace_document, object_bytes, caller)
         except BaseException:
             file.close()
             raise
         if linked:
-            return Pending(name, file, sum(len(part) for part in parts))
+            return Pending(name, file, object_bytes)
         file.close()
         return None
 
@@ -172,7 +139,7 @@ class JournalFolder:
             found = os.fstat(file)
             # Whoever held the lock before may have uploaded it and removed its name.
             if not _is_at(path, found):
-                os.close(file)
+                unlock_and_close(file)
                 return Untaken.GONE
         except BlockingIOError:
             os.close(file)
@@ -187,21 +154,33 @@ class JournalFolder:
         assert isinstance(pending.file, int)
         disk_io.fill(pending.file, offset, out, caller, direct=False)
 
-    def namespace_document(self, namespace_name: str) -> bytes:
-        """What the namespace is; empty if nobody wrote it down."""
+    def namespace_document(self, namespace_name: str) -> bytes | None:
+        """What the namespace is; empty if nobody wrote it down. None: it said another, and is set aside."""
+        path = self._own / namespace_name / _NAMESPACE_DOCUMENT
         try:
-            with (self._own / namespace_name / _NAMESPACE_DOCUMENT).open("rb") as file:
-                return file.read(_NAMESPACE_DOCUMENT_BYTES_MAX)
-        except FileNotFoundError:
-            return b""
+            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError as error:
+            if is_absence(error):
+                return b""
+            raise
+        try:
+            document = os.read(file, _NAMESPACE_DOCUMENT_BYTES_MAX)
+        finally:
+            os.close(file)
+        namespace = Namespace.from_document(document)
+        if namespace is not None and namespace.name == namespace_name:
+            return document
+        self._set_aside(path)
+        self._prepared.discard(namespace_name)
+        return None
 
     def remove(self, pending: Pending) -> None:
         """The chunk is in the bucket: it is pending no more."""
         self._path(pending.name).unlink(missing_ok=True)
 
-    def set_aside(self, pending: Pending) -> None:
+    def set_aside(self, pending: Pending) -> Move:
         """Keep a damaged chunk where it is never uploaded nor deleted."""
-        self._set_aside(self._path(pending.name))
+        return self._set_aside(self._path(pending.name))
 
     def look(self, caller: Caller) -> JournalLook:
         """All that is pending; what does not belong there is set aside."""
@@ -223,7 +202,7 @@ class JournalFolder:
             if _FOLDER_NAME.match(entry.name) and entry.is_dir(follow_symlinks=False):
                 yield Path(entry.path)
             elif folder == self._pending or entry.name != _DESTINATION_DOCUMENT:
-                look.set_aside += self._set_aside(Path(entry.path))
+                look.note(self._set_aside(Path(entry.path)))
 
     def _chunks(self, folder: Path, look: JournalLook, caller: Caller) -> Iterator[tuple[int, PendingName]]:
         for entry in entries(folder):
@@ -231,7 +210,7 @@ class JournalFolder:
             name = PendingName(folder.name, entry.name)
             if parse_object_name("", name.object_name) is None or not entry.is_file(follow_symlinks=False):
                 if entry.name != _NAMESPACE_DOCUMENT:
-                    look.set_aside += self._set_aside(Path(entry.path))
+                    look.note(self._set_aside(Path(entry.path)))
                 continue
             # It may be uploaded at this moment.
             with contextlib.suppress(FileNotFoundError):
@@ -242,32 +221,72 @@ class JournalFolder:
     def _path(self, name: PendingName) -> Path:
         return self._own / name.namespace_name / name.file_name
 
-    def _link(self, file: NewFile, name: PendingName) -> bool:
-        path = self._path(name)
+    def _named(
+        self, file: NewFile, name: PendingName, document: bytes, object_bytes: int, caller: Caller
+    ) -> bool:
+        """Give a file its name, in folders that are there. False: see `_link`."""
         try:
-            file.link(path, sync=True)
-        except FileExistsError:
-            if not self._replaced(file, name):
+            self._prepare(name.namespace_name, document, caller)
+            return self._link(file, name, object_bytes, caller)
+        except FileNotFoundError:
+            # The folders were removed under us.
+            self._prepared.discard(name.namespace_name)
+            self._prepare(name.namespace_name, document, caller)
+            return self._link(file, name, object_bytes, caller)
+
+    def _link(self, file: NewFile, name: PendingName, object_bytes: int, caller: Caller) -> bool:
+        """Give a file its name in the journal. False: a whole one has it that a living process has in hand.
+
+        object_bytes  of the file; one that is several times larger is not looked at
+        """
+        path = self._path(name)
+        until_s = time.monotonic() + _BUSY_S
+        while not self._linked(file, name):
+            if self._is_whole(name, _LARGER_MAX * object_bytes, caller):
                 sync_folder(path.parent)
                 return False
+            if time.monotonic() > until_s:
+                raise RetryableError(f"somebody has {path} in hand, which is damaged")
+            time.sleep(_BUSY_STEP_S)
+            caller.check()
         reach(Failpoint.JOURNAL_LINKED)
         sync_folder(path.parent)
         reach(Failpoint.JOURNAL_FOLDER_SYNCED)
         return True
 
-    def _replaced(self, file: NewFile, name: PendingName) -> bool:
-        """Put a file in the place of one that a dead process left, which may be damaged by now.
-
-        False: a living process has that in its care.
-        """
+    def _linked(self, file: NewFile, name: PendingName) -> bool:
+        """Give a file its name, or that of one that a dead process left, which may be damaged by now."""
+        path = self._path(name)
+        with contextlib.suppress(FileExistsError):
+            file.link(path, sync=True)
+            return True
         left = self.take(name)
-        if left is Untaken.BUSY:
+        if not isinstance(left, Pending):
             return False
         try:
-            file.replace(self._path(name))
+            file.replace(path)
         finally:
-            if isinstance(left, Pending):
-                left.close()
+            left.close()
+        return True
+
+    def _is_whole(self, name: PendingName, bytes_max: int, caller: Caller) -> bool:
+        """Whether there is a file of that name, every byte of which is right, and durable."""
+        try:
+            file = os.open(self._path(name), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError as error:
+            if is_absence(error):
+                return False
+            raise
+        try:
+            length = os.fstat(file).st_size
+            data = memoryview(bytearray(min(length, bytes_max)))
+            disk_io.fill(file, 0, data, caller, direct=False)
+            verified_header(name, data)
+            os.fsync(file)
+        except (MissError, RetryableError):
+            return False
+        finally:
+            os.close(file)
         return True
 
     def _prepare(self, namespace_name: str, namespace_document: bytes, caller: Caller) -> None:
@@ -308,14 +327,17 @@ class JournalFolder:
         finally:
             file.close()
 
-    def _set_aside(self, path: Path) -> bool:
-        self._folder.make_folder(self._quarantine)
+    def _set_aside(self, path: Path) -> Move:
+        """Move what does not belong in the journal."""
         came_from = "-".join(path.relative_to(self._pending).parts)[-_QUARANTINE_NAME_MAX:]
-        # Another process may do the same at this moment.
-        with contextlib.suppress(FileNotFoundError):
+        try:
+            self._folder.make_folder(self._quarantine)
             path.rename(self._quarantine / f"{came_from}.{uuid.uuid4().hex[:8]}")
-            return True
-        return False
+        except FileNotFoundError:
+            return Move.GONE
+        except OSError:
+            return Move.REFUSED
+        return Move.DONE
 
 
 def _is_at(path: Path, found: os.stat_result) -> bool:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from kvstore.backends.arguments import check_range
-from kvstore.backends.blocking import BlockingCalls, Caller
+from kvstore.backends.blocking import AbandonedError, BlockingCalls, Caller
 from kvstore.backends.contract import ABSENT, Absent, ReadResult
 from kvstore.circuit import Circuit
 from kvstore.disk.events import Departure, DiskEvents, FillDrop, Half, NoDiskEvents
@@ -29,9 +29,10 @@ from kvstore.disk.folder import Chunk, DiskFolder, place
 from kvstore.disk.half import DiskHalf
 from kvstore.disk.index import DiskIndex, Reservation
 from kvstore.disk.journal import Journal
-from kvstore.disk.journal_folder import Destination, JournalFolder, Pending
+from kvstore.disk.journal_folder import JournalFolder
+from kvstore.disk.pending import Destination, Pending
 from kvstore.disk.upkeep import DiskUpkeep
-from kvstore.errors import MisconfiguredError, RetryableError
+from kvstore.errors import KVStoreError, MisconfiguredError, RetryableError
 from kvstore.keys import ChunkKey, parse_object_name
 from kvstore.layout import Shard
 from kvstore.warn import WarnRarely
@@ -98,7 +99,7 @@ class DiskTier:
         self._upkeep = DiskUpkeep(self._folder, self._index, events)
         self._reads = self._half(Half.READS, events, warn)
         self._writes = self._half(Half.WRITES, events, warn)
-        self._looks = BlockingCalls(1, "kvstore-disk-looks")
+        self._looks = BlockingCalls(2, "kvstore-disk-looks")
         self._fill_parts = FillParts(
             self._folder, self._index, self._upkeep, self._writes, events, self._look_soon, set()
         )
@@ -188,7 +189,8 @@ class DiskTier:
             if not self._upkeep.make_room(caller):
                 self._events.fill_dropped(FillDrop.NO_ROOM)
                 return
-            found = self._folder.publish(pending.new_file, path, sync=False)
+            with pending.new_file.used():
+                found = self._folder.publish(pending.new_file, path)
             if self._index.admit(reservation, cost_bytes(found)):
                 self._look_soon()
 
@@ -196,17 +198,21 @@ class DiskTier:
             await self._writes.run(adopt)
         except OSError:
             self._events.fill_dropped(FillDrop.FAILED)
+        except (AbandonedError, KVStoreError):
+            # It was uploaded, and its file closed, or another process was quicker.
+            self._events.fill_dropped(FillDrop.ABANDONED)
         finally:
             self._index.release(reservation)
 
     def journal(self, destination: Destination, bytes_max: int) -> Journal:
         """A journal in the same folder, on the same threads; its `bytes_max` are not the tier's."""
-        folder = JournalFolder(self._folder, destination)
         return Journal(
-            folder=folder,
+            folder=JournalFolder(self._folder, destination),
             reads=self._reads,
             writes=self._writes,
+            looks=self._looks,
             tried=self._tried,
+            give_way=self._upkeep.give_way,
             bytes_max=bytes_max,
             events=self._events,
         )

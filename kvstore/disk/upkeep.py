@@ -49,6 +49,14 @@ class DiskUpkeep:
             caller.check()
         return self._index.fits
 
+    def give_way(self, bytes_: int, caller: Caller) -> bool:
+        """Remove chunks that take so many bytes, from a full disk. False when there are none."""
+        held_bytes = self._index.occupied_bytes
+        # Twice: a chunk that is pending, too, keeps its blocks.
+        self._index.give_way(2 * bytes_)
+        self.make_room(caller)
+        return self._index.occupied_bytes < held_bytes
+
     def remove(self, victim: Victim[Place]) -> None:
         """Remove the file of a chunk that was found damaged."""
         self._remove(victim, Departure.DAMAGED)

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +32,7 @@ from disk_samples import (
     put_all,
     run,
     settled,
+    tmpfs,
     unfinished,
     until,
 )
@@ -55,25 +55,6 @@ def set_limit(tier: DiskTier, timeout_s: float) -> None:
     """How long a read or a write may take: little only while the disk hangs, or time would decide a test."""
     for half in (tier._reads, tier._writes):
         half._timeout_s = half._breaker._probe_timeout_s = timeout_s
-
-
-@contextlib.contextmanager
-def tmpfs(folder: Path, size: str) -> Iterator[None]:
-    """A small file system of its own; skips where one cannot be mounted."""
-    folder.mkdir()
-    if (
-        os.geteuid() != 0
-        or subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f"size={size}", "kvstore-test", str(folder)],
-            check=False,
-            capture_output=True,
-        ).returncode
-    ):
-        pytest.skip("needs to mount a tmpfs, as root")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def remount(folder: Path, how: str) -> None:

@@ -285,25 +285,6 @@ def test_a_cancelled_write_abandons_the_fill_and_needs_the_pieces_no_more(tmp_pa
     assert (files(tmp_path), unfinished(tmp_path)) == ([], [])
 
 
-def test_a_commit_for_the_journal_is_on_disk_before_it_returns(tmp_path: Path, disk: Disk):
-    async def scenario(tier: DiskTier) -> None:
-        fill = tier.begin(KEYS[0], OBJECT_BYTES)
-        assert fill is not None
-        await fill.write(0, [data_of(KEYS[0])])
-        disk.calls.clear()
-        assert await fill.commit(sync=True)
-        # The file; the folders that hold it, v1, its namespace and its fan, in their parents.
-        assert disk.calls["fsync"] == 1 + 4
-        fill = tier.begin(KEYS[1], OBJECT_BYTES)
-        assert fill is not None
-        await fill.write(0, [data_of(KEYS[1])])
-        disk.calls.clear()
-        assert await fill.commit()
-        assert disk.calls["fsync"] == 0
-
-    run(tmp_path, scenario)
-
-
 def test_a_constructor_makes_no_io(tmp_path: Path, disk: Disk):
     DiskTier(tmp_path / "missing", GB, SHARD)
     DiskFolder(tmp_path / "missing")

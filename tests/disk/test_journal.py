@@ -11,10 +11,9 @@ from typing import Self
 import pytest
 from disk_samples import LIMITS, NAMESPACE, OBJECT_BYTES, PATIENCE_S, SHARD, Recorder, data_of, keys_of
 
-from kvstore.backlog import verified_header
 from kvstore.disk.events import DiskFailure, Half, JournalDrop
 from kvstore.disk.journal import Journal
-from kvstore.disk.journal_folder import Destination, Pending, PendingName, Untaken
+from kvstore.disk.pending import Destination, Pending, PendingName, Untaken, verified_header
 from kvstore.disk.tier import DiskTier
 from kvstore.errors import MissError, MissReason, RetryableError
 
@@ -44,6 +43,12 @@ class Opened:
 
     async def write(self, index: int) -> Pending | Untaken | None:
         return await self.journal.write(NAMES[index], DOCUMENT, [data_of(KEYS[index])])
+
+    async def read(self, taken: Pending | Untaken) -> memoryview:
+        assert isinstance(taken, Pending)
+        data = memoryview(bytearray(taken.object_bytes))
+        await self.journal.read(taken, data)
+        return data
 
     async def leave(self, *indices: int) -> None:
         """As a process that ended without uploading them."""
@@ -85,7 +90,7 @@ def test_what_a_process_left_is_found_oldest_first_and_read_bit_for_bit(tmp_path
             assert (look.elsewhere, look.set_aside) == (0, 0)
             for name, key in zip(look.names, (KEYS[2], KEYS[0], KEYS[1]), strict=True):
                 taken = await opened.journal.take(name)
-                data = await opened.journal.read(taken)
+                data = await opened.read(taken)
                 assert bytes(data) == data_of(key)
                 assert verified_header(name, data).hash == key.hash
                 await opened.journal.remove(taken)
@@ -126,7 +131,8 @@ def test_a_chunk_removed_between_opening_and_locking_its_file_is_gone(tmp_path, 
             await opened.leave(0)
 
             def remove_and_lock(file: int, how: int) -> None:
-                pending_files(tmp_path)[0].unlink()
+                for path in pending_files(tmp_path):
+                    path.unlink()
                 lock(file, how)
 
             monkeypatch.setattr(fcntl, "flock", remove_and_lock)
@@ -224,7 +230,7 @@ def test_p3_a_damaged_chunk_is_refused_before_anything_of_it_is_sent(tmp_path, d
             pending_files(tmp_path)[0].write_bytes(damaged(data_of(KEYS[0]))[damage])
             taken = await opened.journal.take(NAMES[0])
             with pytest.raises(MissError):
-                verified_header(NAMES[0], await opened.journal.read(taken))
+                verified_header(NAMES[0], await opened.read(taken))
             await opened.journal.set_aside(taken)
             await opened.journal.close(taken)
             assert opened.events.quarantined == 1
@@ -251,7 +257,7 @@ def test_a_file_cut_short_while_it_is_read_can_be_read_again(tmp_path):
             taken = await opened.journal.take(NAMES[0])
             os.truncate(pending_files(tmp_path)[0], 10)
             with pytest.raises(RetryableError):
-                await opened.journal.read(taken)
+                await opened.read(taken)
             await opened.journal.close(taken)
 
     asyncio.run(run())

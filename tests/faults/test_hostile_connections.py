@@ -180,11 +180,12 @@ def test_a_connection_that_ended_while_idle_is_not_used(play: Play) -> None:
     play(scene, closes_after(RIGHT))
 
 
-def test_a_connection_that_speaks_while_idle_is_closed(play: Play) -> None:
+@pytest.mark.parametrize("pause_s", [0, 0.01])
+def test_a_connection_that_speaks_while_idle_is_closed(play: Play, pause_s: float) -> None:
     async def script(peer: Peer) -> None:
         await peer.request()
         await peer.send(RIGHT)
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(pause_s)
         await peer.send(b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\n\r\n")
         await peer.gone()
 

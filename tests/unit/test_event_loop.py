@@ -36,13 +36,13 @@ def test_when_something_fails_to_close_all_else_is_closed_and_the_error_raised(m
         pool = getattr(loop, f"_{trouble}")
         close = pool.close
 
-        async def fail_closed():
-            await close()
+        async def fail_closed(_: float):
+            await close(0.0)
             refuse()
 
         monkeypatch.setattr(pool, "close", fail_closed)
     with pytest.raises(RetryableError if trouble == "last" else RuntimeError, match="could not be closed"):
-        loop.close(last=fail() if trouble == "last" else nothing())
+        loop.close(fail() if trouble == "last" else nothing(), 20.0)
     assert threads() == before
     assert loop._loop.is_closed()
     assert forever.cancelled()

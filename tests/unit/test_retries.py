@@ -8,7 +8,7 @@ import virtual_time
 
 from kvstore import retries
 from kvstore.errors import CircuitOpenError, MisconfiguredError, RetryableError, ThrottledError
-from kvstore.retries import Retries
+from kvstore.retries import Patience, Retries
 
 
 class Calls:
@@ -137,7 +137,7 @@ def test_no_pause_outlasts_the_deadline():
     pytest.fail("pauses are always shorter than the deadline")
 
 
-def patient(errors, wait_on, deadline_s=3600.0):
+def patient(errors, deadline_s=3600.0):
     """Make one request patiently: when it was tried, by a virtual clock, and what came of it."""
     tried_s, left = [], list(errors)
 
@@ -151,20 +151,16 @@ def patient(errors, wait_on, deadline_s=3600.0):
             return "right"
 
         async with asyncio.timeout(deadline_s):
-            return await Retries().patiently(attempt, lambda: None, wait_on)
+            return await Retries().patiently(attempt, lambda: None)
 
     try:
         return tried_s, virtual_time.run(run())
-    except (TimeoutError, MisconfiguredError) as error:
+    except (TimeoutError, MisconfiguredError, CircuitOpenError) as error:
         return tried_s, error
 
 
-async def at_once():
-    pass
-
-
 def test_what_nobody_waits_for_is_tried_until_it_is_done_ever_less_often():
-    tried_s, result = patient([RetryableError("503")] * 100, at_once)
+    tried_s, result = patient([RetryableError("503")] * 90)
     assert result == "right"
     pauses_s = [after - before for before, after in pairwise(tried_s)]
     assert max(pauses_s) <= 5.0
@@ -172,16 +168,55 @@ def test_what_nobody_waits_for_is_tried_until_it_is_done_ever_less_often():
 
 
 def test_patience_ends_at_the_deadline_and_with_what_no_attempt_can_mend():
-    assert isinstance(patient([RetryableError("503")] * 1000, at_once, deadline_s=10)[1], TimeoutError)
-    tried_s, error = patient([RetryableError("503"), MisconfiguredError("denied")], at_once)
+    assert isinstance(patient([RetryableError("503")] * 1000, deadline_s=10)[1], TimeoutError)
+    tried_s, error = patient([RetryableError("503"), MisconfiguredError("denied")])
     assert isinstance(error, MisconfiguredError)
     assert len(tried_s) == 2
 
 
-def test_a_backend_that_is_down_is_not_tried_before_it_is_on_again():
-    async def wait_on():
-        await asyncio.sleep(60)
+def test_a_backend_that_is_known_to_be_down_is_not_waited_for_here():
+    tried_s, error = patient([CircuitOpenError("off")])
+    assert isinstance(error, CircuitOpenError)
+    assert len(tried_s) == 1
 
-    tried_s, result = patient([CircuitOpenError("off")], wait_on)
-    assert result == "right"
-    assert tried_s == [60, 120]
+
+def test_where_the_budget_is_spent_patience_is_at_its_longest_at_once():
+    requests = 2000
+
+    async def run():
+        patiently, loop = Retries().patiently, asyncio.get_running_loop()
+        made = 0
+
+        async def attempt():
+            nonlocal made
+            made += 1
+            # Every first attempt fails.
+            if made % 2:
+                raise RetryableError("503")
+
+        for _ in range(requests):
+            await patiently(attempt, lambda: None)
+        return made, loop.time()
+
+    made, took_s = virtual_time.run(run())
+    assert made == 2 * requests
+    # A fifth of the retries is paid for; the others wait 2.5 s each on average.
+    assert took_s > requests * 0.7 * 2.0
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_patience_counts_only_while_it_is_spent(parts):
+    async def run():
+        loop = asyncio.get_running_loop()
+        patience = Patience(3.0)
+        for _ in range(parts):
+            async with patience.spent():
+                await asyncio.sleep(2.9 / parts)
+            await asyncio.sleep(100)
+        began_s = loop.time()
+        with pytest.raises(TimeoutError):
+            async with patience.spent():
+                await asyncio.sleep(100)
+        assert loop.time() - began_s < 0.2
+
+    virtual_time.run(run())
