@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import random
 
 import pytest
 from chunk_samples import CREATED_S, TINY_LAYOUT, raw_chunk, raw_object, tiny_keys, tiny_namespace
@@ -192,7 +193,7 @@ def test_verify_reads_every_section(kvstore, contents):
 
 
 @pytest.mark.parametrize("layer", range(TINY_LAYOUT.layers))
-def test_verify_names_the_damaged_section(kvstore, folder_contents, layer):
+def test_p15_verify_names_the_damaged_section(kvstore, folder_contents, layer):
     folder_contents.put({NAME: flipped(DATA, HEADER.extents[layer].stop - 1)})
     assert kvstore("show", NAME).code == 0
     ended = kvstore("show", NAME, "--verify", "--json")
@@ -200,6 +201,43 @@ def test_verify_names_the_damaged_section(kvstore, folder_contents, layer):
     assert [row["verified"] for row in rows(ended.stdout, "section")].index("bad_checksum") == layer
     assert f"(bad_checksum): section {layer}" in ended.stderr
     assert [row["reason"] for row in rows(ended.stdout, "damage")] == ["bad_checksum"]
+
+
+def with_faults(number: int) -> tuple[dict[str, bytes], set[str]]:
+    """Forty objects, and the names of those, as many as asked for, that have one fault each."""
+    source = random.Random(number)
+    whole = dict(raw_object("kvstore", NAMESPACE, key) for key in tiny_keys(NAMESPACE, 40))
+    names = source.sample(sorted(whole), number)
+    faults = [
+        lambda data: flipped(data, source.randrange(HEADER.extents[0].start)),
+        lambda data: flipped(data, source.randrange(HEADER.extents[0].start, len(data))),
+        lambda data: data[: source.randrange(len(data))],
+        lambda data: data + b"\0",
+        lambda _: source.choice([other for name, other in whole.items() if name not in names]),
+    ]
+    spoiled = {name: source.choice(faults)(whole[name]) for name in names}
+    return whole | spoiled, set(names)
+
+
+def told_by_verify(kvstore, contents, stored: dict[str, bytes]) -> set[str]:
+    contents.put(stored | DOCUMENT)
+    return {name for name in stored if kvstore("show", name, "--verify").code}
+
+
+@pytest.mark.parametrize("number", [0, 1, 20])
+def test_p15_verify_tells_all_faults_and_nothing_else(kvstore, folder_contents, number):
+    stored, damaged = with_faults(number)
+    assert told_by_verify(kvstore, folder_contents, stored) == damaged
+
+
+def test_p15_a_checker_that_does_not_check_would_be_seen(kvstore, folder_contents, monkeypatch):
+    async def nothing(*_):
+        return
+        yield
+
+    stored, damaged = with_faults(20)
+    monkeypatch.setattr(objects, "section_faults", nothing)
+    assert told_by_verify(kvstore, folder_contents, stored) < damaged
 
 
 OTHER_CHUNK = list(CHUNKS.values())[1]

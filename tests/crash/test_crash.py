@@ -120,7 +120,7 @@ def test_every_step_is_struck_often_enough():
 
 
 @pytest.mark.parametrize(("name", "point"), CASES, ids=[f"{flow}-{point}" for flow, point in CASES])
-def test_what_was_acknowledged_survives_kill_9_and_the_rest_is_whole_or_not_there(
+def test_p1_what_was_acknowledged_survives_kill_9_and_the_rest_is_whole_or_not_there(
     process: CrashProcess, tmp_path: Path, name: str, point: Failpoint
 ):
     flow = FLOWS[name]

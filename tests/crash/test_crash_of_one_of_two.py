@@ -55,7 +55,7 @@ def puts(log: Path) -> Counter[str]:
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_what_a_killed_process_left_is_uploaded_by_one_that_lives_on(
+def test_p1_what_a_killed_process_left_is_uploaded_by_one_that_lives_on(
     both: list[CrashProcess], scene: Scene, step: Failpoint
 ):
     killed, living = both
@@ -85,7 +85,7 @@ def held_before(step: Failpoint, scene: Scene) -> str:
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_of_two_that_save_the_same_chunks_one_is_killed_and_nothing_is_lost(
+def test_p1_of_two_that_save_the_same_chunks_one_is_killed_and_nothing_is_lost(
     both: list[CrashProcess], scene: Scene, step: Failpoint
 ):
     killed, living = both

@@ -85,7 +85,7 @@ def test_fills_at_once_stay_within_the_budget_too(tmp_path: Path):
     assert most <= bytes_max + LIMITS.write_threads * COST_BYTES
 
 
-def test_a_chunk_is_not_removed_before_those_that_continue_it(tmp_path: Path):
+def test_p6_a_chunk_is_not_removed_before_those_that_continue_it(tmp_path: Path):
     async def scenario(tier: DiskTier) -> None:
         old, new = chains(2, 6)
         await put_all(tier, old)
@@ -96,7 +96,7 @@ def test_a_chunk_is_not_removed_before_those_that_continue_it(tmp_path: Path):
     run(tmp_path, scenario, bytes_max=8 * COST_BYTES)
 
 
-def test_a_chunk_whose_continuation_is_on_its_way_stays(tmp_path: Path):
+def test_p6_a_chunk_whose_continuation_is_on_its_way_stays(tmp_path: Path):
     async def scenario(tier: DiskTier) -> None:
         first, second = keys_of(2)
         assert await put(tier, first)

@@ -98,7 +98,7 @@ def with_reader(
     run(folder, wrapped, events=events)
 
 
-def test_every_flipped_byte_is_a_miss(tmp_path: Path):
+def test_p3_every_flipped_byte_is_a_miss(tmp_path: Path):
     path = tmp_path / name_of(KEYS[0])
 
     async def scenario(tier: DiskTier, load: Load) -> None:
@@ -118,7 +118,7 @@ def test_every_flipped_byte_is_a_miss(tmp_path: Path):
 
 
 @pytest.mark.parametrize("length", [0, 1, 31, 4095, 4096, 4097, OBJECT_BYTES - 1])
-def test_a_truncated_file_is_a_miss(tmp_path: Path, length: int):
+def test_p3_a_truncated_file_is_a_miss(tmp_path: Path, length: int):
     async def scenario(tier: DiskTier, load: Load) -> None:
         (tmp_path / name_of(KEYS[0])).write_bytes(data_of(KEYS[0])[:length])
         assert await load(KEYS[0]) is MissReason.TRUNCATED
@@ -127,7 +127,7 @@ def test_a_truncated_file_is_a_miss(tmp_path: Path, length: int):
 
 
 @pytest.mark.parametrize("more", [1, 4096, 1 << 20])
-def test_an_extended_file_is_a_miss(tmp_path: Path, more: int):
+def test_p3_an_extended_file_is_a_miss(tmp_path: Path, more: int):
     async def scenario(tier: DiskTier, load: Load) -> None:
         (tmp_path / name_of(KEYS[0])).write_bytes(data_of(KEYS[0]) + bytes(more))
         assert await load(KEYS[0]) is MissReason.TRAILING_BYTES
@@ -135,7 +135,7 @@ def test_an_extended_file_is_a_miss(tmp_path: Path, more: int):
     with_reader(tmp_path, scenario)
 
 
-def test_files_swapped_for_each_other_are_misses(tmp_path: Path):
+def test_p4_files_swapped_for_each_other_are_misses(tmp_path: Path):
     async def scenario(tier: DiskTier, load: Load) -> None:
         first, second = (tmp_path / name_of(key) for key in KEYS[:2])
         spare = tmp_path / "spare"
@@ -147,7 +147,7 @@ def test_files_swapped_for_each_other_are_misses(tmp_path: Path):
     with_reader(tmp_path, scenario)
 
 
-def test_a_file_torn_by_a_power_cut_is_a_miss(tmp_path: Path):
+def test_p3_a_file_torn_by_a_power_cut_is_a_miss(tmp_path: Path):
     async def scenario(tier: DiskTier, load: Load) -> None:
         good = data_of(KEYS[0])
         # Blocks that never reached the disk read as zeros; the length did reach it.

@@ -77,7 +77,7 @@ WRITE_CALLS = ["open", "pwrite", "link", "utime", "mkdir", "flock"]
         (errno.EMFILE, DiskFailure.OTHER),
     ],
 )
-def test_a_failing_write_drops_the_fill_and_nothing_else(
+def test_p9_a_failing_write_drops_the_fill_and_nothing_else(
     tmp_path: Path, disk: Disk, number: int, how: DiskFailure, function: str
 ):
     events = Recorder()
@@ -102,7 +102,7 @@ def test_a_failing_write_drops_the_fill_and_nothing_else(
 
 @pytest.mark.parametrize("function", ["open", "preadv", "fstat"])
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE])
-def test_a_failing_read_is_retryable_and_after_three_there_is_no_tier_for_a_while(
+def test_p9_a_failing_read_is_retryable_and_after_three_there_is_no_tier_for_a_while(
     tmp_path: Path, disk: Disk, number: int, function: str
 ):
     events = Recorder()
@@ -212,7 +212,7 @@ def test_each_kind_of_trouble_is_said_once(tmp_path: Path, disk: Disk, caplog: p
     assert os.strerror(errno.EIO) in said
 
 
-def test_a_small_full_disk_is_used_as_far_as_it_goes(tmp_path: Path):
+def test_p9_a_small_full_disk_is_used_as_far_as_it_goes(tmp_path: Path):
     folder = tmp_path / "small"
     events = Recorder()
     with tmpfs(folder, "1m"):
@@ -231,7 +231,7 @@ def test_a_small_full_disk_is_used_as_far_as_it_goes(tmp_path: Path):
         run(folder, scenario, events=events)
 
 
-def test_a_disk_that_others_filled_is_used_again_when_it_has_room(tmp_path: Path):
+def test_p9_a_disk_that_others_filled_is_used_again_when_it_has_room(tmp_path: Path):
     folder = tmp_path / "small"
     events = Recorder()
     with tmpfs(folder, "1m"):
@@ -254,7 +254,7 @@ def test_a_disk_that_others_filled_is_used_again_when_it_has_room(tmp_path: Path
         run(folder, scenario, events=events)
 
 
-def test_a_disk_remounted_read_only_is_read_and_written_again_later(tmp_path: Path):
+def test_p9_a_disk_remounted_read_only_is_read_and_written_again_later(tmp_path: Path):
     folder = tmp_path / "small"
     events = Recorder()
     with tmpfs(folder, "4m"):
@@ -293,7 +293,7 @@ def test_a_read_only_folder_can_be_opened_and_read(tmp_path: Path):
         run(folder, scenario, events=events)
 
 
-def test_a_folder_that_is_removed_is_not_made_again_but_used_again_when_it_is_back(tmp_path: Path):
+def test_p9_a_folder_that_is_removed_is_not_made_again_but_used_again_when_it_is_back(tmp_path: Path):
     folder = tmp_path / "cache"
     events = Recorder()
 
@@ -317,7 +317,7 @@ def test_a_folder_that_is_removed_is_not_made_again_but_used_again_when_it_is_ba
     run(folder, scenario, events=events)
 
 
-def test_folders_below_may_be_removed_at_any_time(tmp_path: Path):
+def test_p9_folders_below_may_be_removed_at_any_time(tmp_path: Path):
     events = Recorder()
     fan = Path(name_of(KEYS[0])).parent
 

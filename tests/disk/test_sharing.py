@@ -199,7 +199,7 @@ def test_who_cannot_look_at_what_others_wrote_stops_writing(tmp_path: Path, disk
     )
 
 
-def test_what_another_process_uses_is_not_removed(tmp_path: Path):
+def test_p6_what_another_process_uses_is_not_removed(tmp_path: Path):
     async def scenario(one: DiskTier, other: DiskTier) -> None:
         used, unused = one_chunk(1), one_chunk(2)
         await put_all(one, [used, unused])
@@ -236,7 +236,7 @@ def test_when_all_is_in_use_elsewhere_room_is_made_all_the_same(tmp_path: Path):
     run_both(tmp_path, scenario, bytes_max=12 * COST_BYTES)
 
 
-def test_a_clock_that_was_wrong_keeps_nothing_forever(tmp_path: Path):
+def test_p10_a_clock_that_was_wrong_keeps_nothing_forever(tmp_path: Path):
     async def scenario(one: DiskTier, other: DiskTier) -> None:
         chunks = [one_chunk(number) for number in range(3)]
         await put_all(one, chunks)
@@ -249,7 +249,7 @@ def test_a_clock_that_was_wrong_keeps_nothing_forever(tmp_path: Path):
     run_both(tmp_path, scenario, bytes_max=3 * COST_BYTES)
 
 
-def test_processes_that_write_read_and_evict_in_one_folder_never_read_anything_wrong(tmp_path: Path):
+def test_p6_processes_that_write_read_and_evict_in_one_folder_never_read_anything_wrong(tmp_path: Path):
     command = [sys.executable, "-c", CHURN, str(tmp_path)]
     paths = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     processes = [

@@ -141,14 +141,14 @@ def survivors_once_journaled(handle: SaveHandle, folder: Path, disk: PowerCut) -
     return survivors.result(PATIENCE_S)
 
 
-def test_journaled_is_said_only_of_what_would_survive_a_power_cut(
+def test_p1_journaled_is_said_only_of_what_would_survive_a_power_cut(
     folder: Path, disk: PowerCut, store: KVStore
 ):
     handle = save(store)
     assert survivors_once_journaled(handle, folder, disk) == [True]
 
 
-def test_journaled_waits_for_each_fsync(folder: Path, disk: PowerCut, store: KVStore):
+def test_p1_journaled_waits_for_each_fsync(folder: Path, disk: PowerCut, store: KVStore):
     store._loop.run(store._parts.disk.wait_scanned())
     gates: list[tuple[Path, Gate]] = []
     arrived = threading.Semaphore(0)
@@ -180,7 +180,7 @@ def test_journaled_waits_for_each_fsync(folder: Path, disk: PowerCut, store: KVS
 
 
 @pytest.mark.parametrize("which", range(FSYNCS))
-def test_a_chunk_of_which_any_fsync_failed_is_not_said_to_be_journaled(
+def test_p1_a_chunk_of_which_any_fsync_failed_is_not_said_to_be_journaled(
     folder: Path, disk: PowerCut, store: KVStore, which: int
 ):
     store._loop.run(store._parts.disk.wait_scanned())

@@ -205,7 +205,7 @@ def section_views(memory: memoryview, form: ChunkForm, guard: bytes) -> list[mem
 @each_kind
 @given(case=cases())
 @hypothesis_settings(max_examples=100, deadline=None)
-def test_a_gather_fills_sections_with_the_exact_host_form_and_nothing_else(kind, case):
+def test_p5_a_gather_fills_sections_with_the_exact_host_form_and_nothing_else(kind, case):
     case = case.on(kind.device)
     before = case.storage.clone()
     empty = guarded([bytes(case.form.section_bytes)] * len(case.page_ids), case.guard)
@@ -219,7 +219,7 @@ def test_a_gather_fills_sections_with_the_exact_host_form_and_nothing_else(kind,
 @each_kind
 @given(case=cases(), readonly=st.booleans(), seed=st.integers(0, 2**32))
 @hypothesis_settings(max_examples=100, deadline=None)
-def test_a_scatter_writes_the_exact_pages_and_no_byte_beside_them(kind, case, readonly, seed):
+def test_p5_a_scatter_writes_the_exact_pages_and_no_byte_beside_them(kind, case, readonly, seed):
     generator = torch.Generator().manual_seed(seed)
     length = case.form.section_bytes
     contents = [bytes(torch.randint(0, 256, (length,), generator=generator).tolist()) for _ in case.page_ids]
@@ -354,7 +354,7 @@ SPECIALS = {
 @each_kind
 @pytest.mark.parametrize("table", [[0, 1], [2, 0]], ids=["consecutive", "scattered"])
 @pytest.mark.parametrize("dtype", list(SPECIALS))
-def test_nan_payloads_negative_zero_and_subnormals_survive_both_ways(kind, dtype, table):
+def test_p5_nan_payloads_negative_zero_and_subnormals_survive_both_ways(kind, dtype, table):
     form = whole(layout_of("hnd", dtype))
     patterns = b"".join(value.to_bytes(dtype.itemsize, "little") for value in SPECIALS[dtype])
     content = (patterns * form.section_bytes)[: form.section_bytes]

@@ -72,7 +72,7 @@ def stay_off(monkeypatch):
 
 
 @pytest.mark.parametrize("act", [DOWN, silence])
-def test_a_lookup_of_a_dead_backend_waits_for_nothing_and_asks_nothing(opened, stay_off, act):
+def test_p8_a_lookup_of_a_dead_backend_waits_for_nothing_and_asks_nothing(opened, stay_off, act):
     backend = ScriptedBackend(stored_chunks(CHAIN))
     store = opened(backend)
     assert store.wait_connected(PATIENCE_S)
@@ -129,7 +129,7 @@ def test_chunks_that_were_seen_in_a_dead_backend_do_not_count_as_found(opened, s
 
 
 @pytest.mark.parametrize("act", [DOWN, silence, ValueError("a defect")])
-def test_a_backend_that_comes_back_is_used_again(opened, act):
+def test_p8_a_backend_that_comes_back_is_used_again(opened, act):
     backend = ScriptedBackend(stored_chunks(CHAIN))
     store = opened(backend)
     assert store.wait_connected(PATIENCE_S)

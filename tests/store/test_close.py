@@ -50,7 +50,7 @@ def test_closing_stores_what_was_saved_and_closes_the_backend():
     assert backend.closed
 
 
-def test_closing_with_a_stalled_backend_ends_at_its_deadline_and_says_what_is_left(caplog):
+def test_p8_closing_with_a_stalled_backend_ends_at_its_deadline_and_says_what_is_left(caplog):
     backend, gate = ScriptedBackend(), Gate()
     backend.when("put", gate)
     store = store_of(backend, close_timeout_s=0.1)

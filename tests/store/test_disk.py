@@ -237,7 +237,7 @@ def test_a_load_does_not_wait_for_its_copies_on_a_slow_disk(
     assert_no_slot_lost(store)
 
 
-def test_a_cancelled_load_leaves_no_half_written_file_and_no_room_taken(with_disk, tmp_path):
+def test_p13_a_cancelled_load_leaves_no_half_written_file_and_no_room_taken(with_disk, tmp_path):
     backend, gate = ScriptedBackend(stored_chunks(CHAIN)), Gate()
     backend.when("get", gate, applies=lambda call: call.offset > 0)
     store = with_disk(backend)

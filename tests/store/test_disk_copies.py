@@ -92,7 +92,7 @@ def test_copies_to_a_slow_disk_hold_at_most_half_of_the_memory_and_loads_go_on(
 
 @pytest.mark.parametrize("codec", ["none", "zstd"])
 @pytest.mark.parametrize("last_layer", ["read", "verified", "in the sink", "written"])
-def test_a_load_that_is_cancelled_while_its_last_layer_is_copied_leaves_a_whole_file_or_nothing(
+def test_p13_a_load_that_is_cancelled_while_its_last_layer_is_copied_leaves_a_whole_file_or_nothing(
     with_disk, tmp_path, monkeypatch, codec, last_layer
 ):
     monkeypatch.setattr(kvstore.assembly, "FetchLimits", lambda: LAYER_BY_LAYER)

@@ -291,7 +291,7 @@ def assert_nothing_is_written_any_more(store, pages, *gates):
 @pytest.mark.usefixtures("layer_by_layer")
 @pytest.mark.parametrize("layer", range(LAYERS))
 @pytest.mark.parametrize("codec", CODECS)
-def test_at_the_deadline_what_is_missing_is_a_timeout_and_nothing_writes_any_more(
+def test_p13_at_the_deadline_what_is_missing_is_a_timeout_and_nothing_writes_any_more(
     opened, caplog, codec, layer
 ):
     backend = ScriptedBackend(stored_chunks(CHAIN, codec=codec))
@@ -342,7 +342,7 @@ def test_a_timeout_of_zero_is_a_deadline_not_the_default(opened):
     assert looked.result(PATIENCE_S).miss is MissReason.TIMEOUT
 
 
-def test_cancelling_returns_when_nothing_writes_any_more(opened):
+def test_p13_cancelling_returns_when_nothing_writes_any_more(opened):
     backend, gate = ScriptedBackend(stored_chunks(CHAIN)), Gate()
     backend.when("get", gate)
     store, pages = opened(backend), Pages(4)
@@ -410,7 +410,7 @@ def test_sinks_that_hang_leave_the_store_to_other_loads(opened):
     assert all(load.wait(PATIENCE_S).chunks == 4 for load in stuck)
 
 
-def test_cancelling_waits_for_a_sink_that_is_at_work(opened):
+def test_p13_cancelling_waits_for_a_sink_that_is_at_work(opened):
     store, pages = opened(ScriptedBackend(stored_chunks(CHAIN))), Pages(4)
     gate = Gate()
     pages.before_scatter = lambda layer, indices: gate.block()
@@ -457,7 +457,7 @@ class Moment:
 
 @pytest.mark.usefixtures("layer_by_layer")
 @pytest.mark.parametrize("codec", CODECS)
-def test_cancelled_at_any_moment_pages_are_right_and_no_slot_is_lost(opened, codec):
+def test_p13_cancelled_at_any_moment_pages_are_right_and_no_slot_is_lost(opened, codec):
     chain = chain_of(6)
     objects = stored_chunks(chain, codec=codec)
     backend = ScriptedBackend(dict(objects))

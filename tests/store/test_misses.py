@@ -95,7 +95,7 @@ def flipped(data, at, bit):
 
 
 @pytest.mark.parametrize("codec", [*CODECS, "lz4", "planes"])
-def test_with_any_byte_flipped_the_chunk_is_a_miss_and_no_wrong_byte_reaches_pages(opened, codec):
+def test_p3_with_any_byte_flipped_the_chunk_is_a_miss_and_no_wrong_byte_reaches_pages(opened, codec):
     name, data = object_of(SMALL_CHAIN, SMALL_FORM, codec=codec)
     assert decode_header(data).raw == (codec == "none")
     variants = [flipped(data, at, at % 8) for at in range(len(data))]
@@ -109,7 +109,7 @@ def test_with_any_byte_flipped_the_chunk_is_a_miss_and_no_wrong_byte_reaches_pag
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_with_any_byte_flipped_no_wrong_byte_comes_layer_by_layer_either(opened, monkeypatch, codec):
+def test_p3_with_any_byte_flipped_no_wrong_byte_comes_layer_by_layer_either(opened, monkeypatch, codec):
     layer_by_layer(monkeypatch)
     name, data = object_of(SMALL_CHAIN, SMALL_FORM, codec=codec)
     places = range(SMALL_FORM.header_bytes - 5, len(data))
@@ -128,7 +128,7 @@ def test_intact_objects_pass_the_same_way_as_damaged_ones(opened):
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_an_object_cut_off_anywhere_is_truncated(opened, codec):
+def test_p3_an_object_cut_off_anywhere_is_truncated(opened, codec):
     name, data = object_of(SMALL_CHAIN, SMALL_FORM, codec=codec)
     # Between the two all is padding of the header; every length of the rest.
     lengths = [*range(600), *range(600, 4000, 50), *range(4000, len(data))]
@@ -140,7 +140,7 @@ def test_an_object_cut_off_anywhere_is_truncated(opened, codec):
 
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("rest", [b"\0", b"x", b"\0" * 4096])
-def test_an_extended_object_is_a_miss(opened, codec, rest):
+def test_p3_an_extended_object_is_a_miss(opened, codec, rest):
     name, data = object_of(SMALL_CHAIN, SMALL_FORM, codec=codec)
     (result, pages), *_ = load_each(opened, name, SMALL_FORM, SMALL_CHAIN, [data + rest])
     assert result.failures == {0: MissReason.TRAILING_BYTES}
@@ -160,7 +160,7 @@ def load_object(opened, data, index=0):
     return reason, pages
 
 
-def test_swapped_sections_are_a_miss(opened):
+def test_p3_swapped_sections_are_a_miss(opened):
     _, data = object_of(CHAIN)
     one, two = FORM.header_bytes, FORM.header_bytes + FORM.stride
     swapped = data[:one] + data[two : two + FORM.stride] + data[one:two] + data[two + FORM.stride :]
@@ -181,7 +181,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("other", OTHERS)
-def test_an_object_copied_from_another_name_is_a_wrong_key(opened, other, codec):
+def test_p4_an_object_copied_from_another_name_is_a_wrong_key(opened, other, codec):
     chain, form, index = OTHERS[other]
     backend = ScriptedBackend()
     with KVStore(form, settings_of(codec=codec), backend) as writer:
@@ -192,7 +192,7 @@ def test_an_object_copied_from_another_name_is_a_wrong_key(opened, other, codec)
     pages.assert_untouched(range(3))
 
 
-def test_a_chunk_whose_parent_differs_is_a_wrong_key(opened):
+def test_p4_a_chunk_whose_parent_differs_is_a_wrong_key(opened):
     # The same hash, said to follow another chunk: only the header can tell.
     key = CHAIN.keys[1]
     reason, _ = load_object(opened, crafted(key._replace(parent=b"x" * 32)), index=1)
@@ -327,7 +327,7 @@ class Witness:
 
 
 @pytest.mark.parametrize("limits", ["whole", "layer by layer"])
-def test_no_decoder_sees_a_byte_before_its_checksum_has_matched(opened, monkeypatch, limits):
+def test_p3_no_decoder_sees_a_byte_before_its_checksum_has_matched(opened, monkeypatch, limits):
     if limits == "layer by layer":
         layer_by_layer(monkeypatch)
     name, data = object_of(SMALL_CHAIN, SMALL_FORM, codec="zstd")

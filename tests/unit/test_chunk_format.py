@@ -161,7 +161,7 @@ def test_the_checksum_is_xxh3_128_big_endian():
 
 
 @pytest.mark.parametrize("at", range(32 * 8))
-def test_no_bit_of_the_preamble_may_flip(at):
+def test_p3_no_bit_of_the_preamble_may_flip(at):
     region = bytearray(hostile())
     region[at // 8] ^= 1 << at % 8
     assert reason_of(region) in {
@@ -173,7 +173,7 @@ def test_no_bit_of_the_preamble_may_flip(at):
     }
 
 
-def test_no_bit_of_the_header_may_flip():
+def test_p3_no_bit_of_the_header_may_flip():
     region = bytearray(hostile())
     for at in range(32, len(region)):
         for bit in range(8):
@@ -397,7 +397,7 @@ def test_random_bytes_under_a_right_checksum_are_a_miss(packed):
     ],
     ids=repr,
 )
-def test_a_header_of_another_chunk_is_a_wrong_key(changes):
+def test_p4_a_header_of_another_chunk_is_a_wrong_key(changes):
     assert reason_of(hostile(**changes)) is MissReason.WRONG_KEY
 
 
@@ -408,7 +408,7 @@ def test_an_object_of_another_size_than_its_sections_is_a_miss():
     assert reason_of(hostile(align=4)) is MissReason.BAD_HEADER
 
 
-def test_no_bit_of_a_section_or_its_padding_may_flip():
+def test_p3_no_bit_of_a_section_or_its_padding_may_flip():
     extent = bytearray(section(0, 1) + b"\0")
     entry = SectionEntry(351, 351, AS_IS, checksum(extent))
     verify_section(entry, extent)

@@ -68,7 +68,7 @@ def reason_of(codec, stored, length):
 
 @pytest.mark.parametrize("text", TEXTS)
 @given(section=sections())
-def test_every_bit_comes_back_whatever_it_means(text, section):
+def test_p5_every_bit_comes_back_whatever_it_means(text, section):
     item_bytes, row_bytes, data = section
     codec = parse_codec(text, item_bytes, row_bytes)
     stored = encoded(codec, data)
