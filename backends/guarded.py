@@ -13,11 +13,11 @@ from kvstore.backends.contract import (
     Absent,
     Backend,
     Buffer,
-    Capabilities,
     ObjectInfo,
     PutResult,
     ReadResult,
 )
+from kvstore.backends.wrapper import BackendWrapper
 from kvstore.breaker import Breaker, ProbeError
 from kvstore.circuit import Circuit
 from kvstore.errors import CircuitOpenError, MisconfiguredError, RetryableError
@@ -47,7 +47,7 @@ class GuardLimits:
     probe_timeout_s: float = 5.0
 
 
-class GuardedBackend:
+class GuardedBackend(BackendWrapper):
     """Behaves exactly like `inner`, until that fails for a while; then every call but `close` raises
 
     CircuitOpenError at once, until a probe succeeds. Calls under way go on. See Backend.
@@ -69,7 +69,7 @@ class GuardedBackend:
         warn: WarnRarely,
         limits: GuardLimits = GuardLimits(),
     ) -> None:
-        self._inner = inner
+        super().__init__(inner)
         self._probe_name = probe_name
         self._limits = limits
         self._off_gauge = metrics.backend_off
@@ -89,16 +89,6 @@ class GuardedBackend:
         self._last_failure = ""
         self._off_since_s = 0.0
         self._said = False
-
-    @property
-    def capabilities(self) -> Capabilities:
-        """See Backend.capabilities."""
-        return self._inner.capabilities
-
-    @property
-    def location(self) -> str:
-        """See Backend.location."""
-        return self._inner.location
 
     async def read_into(
         self, name: str, offset: int, out: memoryview, *, if_match: str | None = None

@@ -9,35 +9,25 @@ from kvstore.backends.contract import (
     Absent,
     Backend,
     Buffer,
-    Capabilities,
     ObjectInfo,
     PutResult,
     PutStatus,
     ReadResult,
 )
+from kvstore.backends.wrapper import BackendWrapper
 from kvstore.metrics import Metrics
 
 
-class MeteredBackend:
+class MeteredBackend(BackendWrapper):
     """Counts every call to `inner` in `metrics`; otherwise behaves exactly like it."""
 
     def __init__(self, inner: Backend, metrics: Metrics) -> None:
-        self._inner = inner
+        super().__init__(inner)
         self._requests = {
             operation: metrics.requests.labels(operation)
             for operation in ("get", "put", "head", "list", "delete")
         }
         self._written = metrics.bytes.labels("backend", "write")
-
-    @property
-    def capabilities(self) -> Capabilities:
-        """See Backend.capabilities."""
-        return self._inner.capabilities
-
-    @property
-    def location(self) -> str:
-        """See Backend.location."""
-        return self._inner.location
 
     async def read_into(
         self, name: str, offset: int, out: memoryview, *, if_match: str | None = None
@@ -68,14 +58,6 @@ class MeteredBackend:
         """See Backend.delete."""
         self._count("delete")
         await self._inner.delete(names)
-
-    async def clock_s(self) -> float:
-        """See Backend.clock_s."""
-        return await self._inner.clock_s()
-
-    async def close(self) -> None:
-        """See Backend.close."""
-        await self._inner.close()
 
     def _count(self, operation: str) -> None:
         self._requests[operation].inc()

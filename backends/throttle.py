@@ -15,18 +15,18 @@ from kvstore.backends.contract import (
     Absent,
     Backend,
     Buffer,
-    Capabilities,
     ObjectInfo,
     PutResult,
     ReadResult,
 )
+from kvstore.backends.wrapper import BackendWrapper
 from kvstore.errors import MisconfiguredError
 
 # What S3 answers a listing with at a time.
 _NAMES_A_REQUEST = 1000
 
 
-class ThrottledBackend:
+class ThrottledBackend(BackendWrapper):
     """Behaves exactly like `inner`, only later. See Backend.
 
     first_byte_s            every request waits this long before anything is transferred
@@ -55,19 +55,9 @@ class ThrottledBackend:
         ):
             if not value > 0:
                 raise MisconfiguredError(f"{name}={value}: needs a number above 0; math.inf is no limit")
-        self._inner = inner
+        super().__init__(inner)
         self._first_byte_s = first_byte_s
         self._link = _Link(connection_bytes_per_s, total_bytes_per_s)
-
-    @property
-    def capabilities(self) -> Capabilities:
-        """See Backend.capabilities."""
-        return self._inner.capabilities
-
-    @property
-    def location(self) -> str:
-        """See Backend.location."""
-        return self._inner.location
 
     async def read_into(
         self, name: str, offset: int, out: memoryview, *, if_match: str | None = None
@@ -109,10 +99,6 @@ class ThrottledBackend:
         """See Backend.clock_s."""
         await self._first_byte()
         return await self._inner.clock_s()
-
-    async def close(self) -> None:
-        """See Backend.close."""
-        await self._inner.close()
 
     async def _first_byte(self) -> None:
         await asyncio.sleep(self._first_byte_s)

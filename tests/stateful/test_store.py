@@ -478,7 +478,7 @@ def test_the_prompts_here_share_what_they_should():
 
 TestStore = StoreMachine.TestCase
 TestStore.settings = settings(
-    max_examples=EXAMPLES or 12,
+    max_examples=EXAMPLES or 25,
     stateful_step_count=40,
     derandomize=not EXAMPLES,
     database=None,
