@@ -12,19 +12,22 @@ import http.client
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
-from urllib.parse import urlsplit
 
+from benchmarks.server import (
+    BUCKET,
+    PASSWORD,
+    REGION,
+    USER,
+    Server,
+    aiobotocore_client,
+    boto3_client,
+    obstore_store,
+)
 from kvstore.backends.contract import ABSENT, ObjectInfo
-from kvstore.backends.s3 import S3Options
 from kvstore.backends.s3_socket import S3SocketBackend
 
 IN_FLIGHT = 16
-BUCKET = "bench"
-REGION = "us-east-1"
-USER = "bench"
-PASSWORD = "bench"
 _HEAD_BYTES_MAX = 2048
 
 
@@ -44,26 +47,6 @@ class Range(NamedTuple):
 
 # Given each range and its bytes, as soon as they have come; they are borrowed for the call.
 Take = Callable[[Range, "bytes | memoryview"], None]
-
-
-@dataclass(frozen=True)
-class Server:
-    """Where the objects are, and how large the largest range is that will be read."""
-
-    url: str
-    range_bytes_max: int
-
-    @property
-    def authority(self) -> str:
-        return urlsplit(self.url).netloc
-
-    @property
-    def options(self) -> S3Options:
-        return S3Options(BUCKET, self.url, REGION, addressing_style="path")
-
-    def buffers(self) -> list[memoryview]:
-        """One a place in flight, its memory touched."""
-        return [memoryview(bytearray(b"\1") * self.range_bytes_max) for _ in range(IN_FLIGHT)]
 
 
 class Client(Protocol):
@@ -141,7 +124,7 @@ class KVStoreClient(AsyncClient):
 
     def __init__(self, server: Server) -> None:
         super().__init__()
-        self._buffers = server.buffers()
+        self._buffers = server.buffers(IN_FLIGHT)
         self._backend = ObjectsOnly(server.options)
 
     async def read_one(self, place: int, wanted: Range, take: Take) -> None:
@@ -163,11 +146,8 @@ class RawSocket(ThreadedClient):
     def __init__(self, server: Server) -> None:
         super().__init__()
         self._authority = server.authority
-        host, _, port = server.authority.partition(":")
-        self._sockets = [socket.create_connection((host, int(port))) for _ in range(IN_FLIGHT)]
-        for connection in self._sockets:
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._buffers = server.buffers()
+        self._sockets = server.connect(IN_FLIGHT)
+        self._buffers = server.buffers(IN_FLIGHT)
         self._heads = [memoryview(bytearray(_HEAD_BYTES_MAX)) for _ in range(IN_FLIGHT)]
 
     def read_one(self, place: int, wanted: Range, take: Take) -> None:
@@ -198,7 +178,7 @@ class HttpClient(ThreadedClient):
     def __init__(self, server: Server) -> None:
         super().__init__()
         self._connections = [http.client.HTTPConnection(server.authority) for _ in range(IN_FLIGHT)]
-        self._buffers = server.buffers()
+        self._buffers = server.buffers(IN_FLIGHT)
 
     def read_one(self, place: int, wanted: Range, take: Take) -> None:
         connection, out = self._connections[place], self._buffers[place][: wanted.length]
@@ -224,22 +204,8 @@ class Boto3(ThreadedClient):
     name = "boto3"
 
     def __init__(self, server: Server) -> None:
-        import boto3
-        from botocore.config import Config
-
         super().__init__()
-        self._client = boto3.client(
-            "s3",
-            endpoint_url=server.url,
-            region_name=REGION,
-            aws_access_key_id=USER,
-            aws_secret_access_key=PASSWORD,
-            config=Config(
-                max_pool_connections=IN_FLIGHT,
-                s3={"addressing_style": "path"},
-                response_checksum_validation="when_required",
-            ),
-        )
+        self._client = boto3_client(server, IN_FLIGHT, response_checksum_validation="when_required")
 
     def read_one(self, place: int, wanted: Range, take: Take) -> None:  # noqa: ARG002 it has a pool of its own
         take(wanted, self._client.get_object(Bucket=BUCKET, **_get_arguments(wanted))["Body"].read())
@@ -255,22 +221,8 @@ class Aiobotocore(AsyncClient):
     name = "aiobotocore"
 
     def __init__(self, server: Server) -> None:
-        from aiobotocore.config import AioConfig
-        from aiobotocore.session import get_session
-
         super().__init__()
-        self._context = get_session().create_client(
-            "s3",
-            endpoint_url=server.url,
-            region_name=REGION,
-            aws_access_key_id=USER,
-            aws_secret_access_key=PASSWORD,
-            config=AioConfig(
-                max_pool_connections=IN_FLIGHT,
-                s3={"addressing_style": "path"},
-                response_checksum_validation="when_required",
-            ),
-        )
+        self._context = aiobotocore_client(server, IN_FLIGHT, response_checksum_validation="when_required")
         self._client = self.run(self._context.__aenter__())
 
     async def read_one(self, place: int, wanted: Range, take: Take) -> None:  # noqa: ARG002 as Boto3
@@ -289,18 +241,8 @@ class Obstore(AsyncClient):
     name = "obstore"
 
     def __init__(self, server: Server) -> None:
-        from obstore.store import S3Store
-
         super().__init__()
-        self._store = S3Store(
-            BUCKET,
-            endpoint=server.url,
-            region=REGION,
-            access_key_id=USER,
-            secret_access_key=PASSWORD,
-            virtual_hosted_style_request=False,
-            client_options={"allow_http": True},
-        )
+        self._store = obstore_store(server)
 
     async def read_one(self, place: int, wanted: Range, take: Take) -> None:  # noqa: ARG002 as Boto3
         if wanted.whole:
@@ -322,7 +264,7 @@ class Awscrt(AsyncClient):
 
         super().__init__()
         self._authority = server.authority
-        self._buffers = server.buffers()
+        self._buffers = server.buffers(IN_FLIGHT)
         credentials = AwsCredentialsProvider.new_static(USER, PASSWORD)
         self._client = S3Client(
             region=REGION,

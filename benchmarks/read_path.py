@@ -30,19 +30,16 @@ from pathlib import Path
 from time import monotonic, sleep
 
 from benchmarks.clients import (
-    BUCKET,
     CLIENTS,
     IN_FLIGHT,
     LIBRARIES,
-    PASSWORD,
-    USER,
     Client,
     ObjectsOnly,
     Range,
-    Server,
 )
 from benchmarks.pages import HostPages
 from benchmarks.report import Timing, machine, print_result, say, timed
+from benchmarks.server import BUCKET, Server, use_test_credentials
 from benchmarks.ticker import Ticker
 from kvstore import DType, Durability, KVLayout, KVStore, Namespace, PrefixChain, load_settings
 from kvstore.backends.filesystem import FilesystemBackend
@@ -114,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="one round of 16 MiB at two sizes")
     options = parser.parse_args(arguments)
     rounds, mib = (1, 16) if options.quick else (options.rounds, options.mib)
-    _use_test_credentials()
+    use_test_credentials()
     with ExitStack() as stack:
         files = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=_memory_folder())))
         sizes = [SIZES[0], SIZES[4]] if options.quick else SIZES
@@ -271,17 +268,6 @@ def _memory_folder() -> str | None:
     """A folder in memory, so that no disk is measured."""
     folder = Path("/dev/shm")
     return str(folder) if folder.is_dir() and os.access(folder, os.W_OK) else None
-
-
-def _use_test_credentials() -> None:
-    os.environ.update(
-        AWS_ACCESS_KEY_ID=USER,
-        AWS_SECRET_ACCESS_KEY=PASSWORD,
-        AWS_EC2_METADATA_DISABLED="true",
-        # No proxy of this machine can reach a server on it.
-        NO_PROXY="127.0.0.1",
-        no_proxy="127.0.0.1",
-    )
 
 
 def _print_table(rows: Sequence[dict[str, object]]) -> None:

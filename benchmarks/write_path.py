@@ -46,8 +46,8 @@ from functools import partial
 from time import perf_counter
 from typing import Any
 
-from benchmarks.clients import PASSWORD, USER, Server
 from benchmarks.report import Timing, machine, print_result, say, timed
+from benchmarks.server import Server, use_test_credentials
 from benchmarks.writers import IN_FLIGHT, WRITERS, Item, Writer
 from kvstore import DType, Durability, KVLayout, KVStore, Namespace, load_settings
 from kvstore.backends.s3_socket import S3SocketBackend
@@ -215,9 +215,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rounds, mib, calls, sizes = options.rounds, options.mib, options.calls, SIZES_MIB
     if options.quick:
         rounds, mib, calls, sizes = 1, 32, 2 * PROMPT_CHUNKS, SIZES_MIB[:1]
-    _use_test_credentials()
+    use_test_credentials()
     with ExitStack() as stack:
-        server = Server(stack.enter_context(memory_s3()), sizes[-1] * MIB)
+        server = Server(stack.enter_context(memory_s3()))
         makes = [make for make in WRITERS if make.name not in options.without]
         rows = [_measure(server, makes, size, max(IN_FLIGHT, mib // size), rounds) for size in sizes]
         copies = _copies_per_byte(server)
@@ -339,7 +339,7 @@ def _save_calls(calls: int) -> tuple[float, float]:
             upload_queue_bytes=calls * form.raw_bytes,
             close_timeout_s=0.01,
         )
-        options = Server(url, 0).options
+        options = Server(url).options
         pages = MemcpyPages(form, PROMPT_CHUNKS)
         with KVStore.open(layout, settings=settings, backend=S3SocketBackend(options)) as store:
             # Loading an S3 client holds the interpreter for a second; a server does that while it starts.
@@ -382,17 +382,6 @@ def _p99(values: Sequence[float]) -> float:
 
 def _ratio(values: dict[str, list[float]], ours: str, theirs: str) -> float:
     return round(statistics.median(a / b for a, b in zip(values[ours], values[theirs], strict=True)), 3)
-
-
-def _use_test_credentials() -> None:
-    os.environ.update(
-        AWS_ACCESS_KEY_ID=USER,
-        AWS_SECRET_ACCESS_KEY=PASSWORD,
-        AWS_EC2_METADATA_DISABLED="true",
-        # No proxy of this machine can reach a server on it.
-        NO_PROXY="127.0.0.1",
-        no_proxy="127.0.0.1",
-    )
 
 
 def _print_table(rows: Sequence[dict[str, Any]]) -> None:

@@ -7,17 +7,21 @@ the same for all of them. None looks at the bytes: no checksum is asked for, no 
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
-from benchmarks.clients import BUCKET, PASSWORD, REGION, USER, AsyncClient, Server
+from benchmarks.clients import AsyncClient
+from benchmarks.server import BUCKET, Server, aiobotocore_client, boto3_client, obstore_store
 from kvstore.backends.contract import PutStatus
 from kvstore.backends.s3_socket import S3SocketBackend
 
 IN_FLIGHT = 8
 _ANSWER_BYTES_MAX = 4096
+_UNSIGNED = {
+    "s3": {"payload_signing_enabled": False},
+    "request_checksum_calculation": "when_required",
+}
 
 
 class Item(NamedTuple):
@@ -104,10 +108,7 @@ class RawSocket(ThreadedWriter):
     def __init__(self, server: Server) -> None:
         super().__init__()
         self._authority = server.authority
-        host, _, port = server.authority.partition(":")
-        self._sockets = [socket.create_connection((host, int(port))) for _ in range(IN_FLIGHT)]
-        for connection in self._sockets:
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._sockets = server.connect(IN_FLIGHT)
 
     def write_one(self, place: int, item: Item) -> None:
         connection = self._sockets[place]
@@ -132,22 +133,8 @@ class Boto3(ThreadedWriter):
     name = "boto3"
 
     def __init__(self, server: Server) -> None:
-        import boto3
-        from botocore.config import Config
-
         super().__init__()
-        self._client = boto3.client(
-            "s3",
-            endpoint_url=server.url,
-            region_name=REGION,
-            aws_access_key_id=USER,
-            aws_secret_access_key=PASSWORD,
-            config=Config(
-                max_pool_connections=IN_FLIGHT,
-                s3={"addressing_style": "path", "payload_signing_enabled": False},
-                request_checksum_calculation="when_required",
-            ),
-        )
+        self._client = boto3_client(server, IN_FLIGHT, **_UNSIGNED)
 
     def write_one(self, place: int, item: Item) -> None:  # noqa: ARG002 it has a pool of its own
         self._client.put_object(Bucket=BUCKET, Key=item.name, Body=item.data)
@@ -163,22 +150,8 @@ class Aiobotocore(AsyncWriter):
     name = "aiobotocore"
 
     def __init__(self, server: Server) -> None:
-        from aiobotocore.config import AioConfig
-        from aiobotocore.session import get_session
-
         super().__init__()
-        self._context = get_session().create_client(
-            "s3",
-            endpoint_url=server.url,
-            region_name=REGION,
-            aws_access_key_id=USER,
-            aws_secret_access_key=PASSWORD,
-            config=AioConfig(
-                max_pool_connections=IN_FLIGHT,
-                s3={"addressing_style": "path", "payload_signing_enabled": False},
-                request_checksum_calculation="when_required",
-            ),
-        )
+        self._context = aiobotocore_client(server, IN_FLIGHT, **_UNSIGNED)
         self._client = self.run(self._context.__aenter__())
 
     async def write_one(self, item: Item) -> None:
@@ -195,19 +168,8 @@ class Obstore(AsyncWriter):
     name = "obstore"
 
     def __init__(self, server: Server) -> None:
-        from obstore.store import S3Store
-
         super().__init__()
-        self._store = S3Store(
-            BUCKET,
-            endpoint=server.url,
-            region=REGION,
-            access_key_id=USER,
-            secret_access_key=PASSWORD,
-            virtual_hosted_style_request=False,
-            unsigned_payload=True,
-            client_options={"allow_http": True},
-        )
+        self._store = obstore_store(server, unsigned_payload=True)
 
     async def write_one(self, item: Item) -> None:
         await self._store.put_async(item.name, item.data, use_multipart=False)
