@@ -164,7 +164,10 @@ class Settings(BaseSettings):
     load_timeout_s: Seconds = Field(
         10.0, description="seconds a load may take before what is missing is a miss"
     )
-    upload_timeout_s: Seconds = Field(60.0, description="seconds one upload may take, retries included")
+    upload_timeout_s: Seconds = Field(
+        60.0,
+        description="seconds a chunk may be tried, or wait for a store that is down, before it is given up",
+    )
     close_timeout_s: Seconds = Field(10.0, description="seconds close() may spend on uploads still queued")
     presence_ttl_s: Seconds = Field(
         60.0, description="seconds a lookup may trust that a chunk seen is still there"

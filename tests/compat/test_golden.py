@@ -74,31 +74,31 @@ def test_there_are_golden_objects_of_every_kind():
     assert {path.stem for path in V1.glob("*.kvc")} == set(INDEX)
 
 
-def test_a_golden_object_is_as_it_was_committed(golden):
+def test_p14_a_golden_object_is_as_it_was_committed(golden):
     assert hashlib.sha256(golden["data"]).hexdigest() == golden["object_sha256"]
 
 
-def test_a_golden_object_is_found_under_its_name_and_read_bit_by_bit(golden):
+def test_p14_a_golden_object_is_found_under_its_name_and_read_bit_by_bit(golden):
     result, sha256 = load(golden, golden["data"])
     assert (result.chunks, result.failures) == (1, {})
     assert [sha256[layer] for layer in sorted(sha256)] == golden["section_sha256"]
 
 
-def test_a_golden_object_damaged_anywhere_is_a_miss(golden):
+def test_p14_a_golden_object_damaged_anywhere_is_a_miss(golden):
     data = golden["data"]
     for at in range(0, len(data), 97):
         result, _ = load(golden, data[:at] + bytes([data[at] ^ 0x10]) + data[at + 1 :])
         assert result.chunks == 0
 
 
-def test_a_golden_object_under_another_name_is_a_miss(golden):
+def test_p14_a_golden_object_under_another_name_is_a_miss(golden):
     for other in INDEX.values():
         if other["object_name"] != golden["object_name"] and other["layout"] == golden["layout"]:
             result, _ = load(other, golden["data"])
             assert result.failures == {1: MissReason.WRONG_KEY}
 
 
-def test_a_golden_object_is_what_the_format_document_says(golden):
+def test_p14_a_golden_object_is_what_the_format_document_says(golden):
     data = golden["data"]
     parts = parse_object_name("golden", golden["object_name"])
     magic, version, region_pages, packed_bytes, checksum = struct.unpack_from("<8sHHI16s", data)

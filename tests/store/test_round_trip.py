@@ -171,7 +171,7 @@ def test_the_store_hashes_with_the_salt_of_its_settings_unless_told_another(open
     assert store.chain(namespace, tokens, tenant_salt="") == PrefixChain.of(namespace, tokens)
 
 
-def test_one_tenant_never_finds_what_another_saved(opened):
+def test_p12_one_tenant_never_finds_what_another_saved(opened):
     backend = ScriptedBackend()
     store = opened(backend)
     mine, theirs = chain_of(2, salt="mine"), chain_of(2, salt="theirs")

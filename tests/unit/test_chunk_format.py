@@ -346,7 +346,7 @@ def test_a_field_given_twice_is_a_miss():
     ],
     ids=lambda packed: packed[:9].hex(),
 )
-def test_no_header_however_made_takes_memory_or_raises_anything_but_a_miss(packed):
+def test_p11_no_header_however_made_takes_memory_or_raises_anything_but_a_miss(packed):
     region = region_of(packed)
     tracemalloc.start()
     try:
@@ -380,7 +380,7 @@ def test_whatever_stands_in_a_field_the_header_is_a_miss_or_the_chunk_asked_for(
 
 
 @given(st.binary(max_size=200))
-def test_random_bytes_under_a_right_checksum_are_a_miss(packed):
+def test_p11_random_bytes_under_a_right_checksum_are_a_miss(packed):
     assert reason_of(region_of(packed)) is MissReason.BAD_HEADER
 
 

@@ -120,7 +120,7 @@ def test_extra_keys_are_told_apart_however_they_are_split(one, other):
     assert hashes([1, 2, 3, 4], extra_keys=one)[-1] != hashes([1, 2, 3, 4], extra_keys=other)[-1]
 
 
-def test_tenants_with_different_salts_share_no_key():
+def test_p12_tenants_with_different_salts_share_no_key():
     tokens = range(40)
     tenants = [set(hashes(tokens, tenant_salt=salt)) for salt in ("", "a", "b", "ab", "a\0", " ")]
     assert len(set.union(*tenants)) == 6 * 20
