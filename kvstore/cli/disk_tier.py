@@ -101,9 +101,9 @@ def judge(folder: Path, look: DiskLook, wanted_bytes: int) -> Outcome:
         fixes.append(
             f"free space there, or set KVSTORE_DISK_BYTES and KVSTORE_JOURNAL_BYTES to {room} together"
         )
-    details.append(f"{look.pending_chunks} chunks pending")
+    details.append(f"chunks pending: {look.pending_chunks}")
     if look.quarantined_files:
-        details.append(f"{look.quarantined_files} files in {folder / QUARANTINE_FOLDER}")
+        details.append(f"files in {folder / QUARANTINE_FOLDER}: {look.quarantined_files}")
         fixes.append(_QUARANTINE_FIX)
     values = {
         "free_bytes": look.free_bytes,

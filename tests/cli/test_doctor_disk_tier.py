@@ -75,7 +75,7 @@ def test_a_folder_in_use_passes_without_a_lock_and_is_left_as_it_was(disk, monke
     code, found = examined()
     assert (code, found["status"]) == (0, "pass")
     assert (found["pending_chunks"], found["quarantined_files"]) == (1, 0)
-    assert "1 chunks pending" in found["detail"]
+    assert "chunks pending: 1" in found["detail"]
     assert files(disk) == before
     assert {path.name for path in disk.iterdir()} == {"v1", "pending", ".tmp"}
 
@@ -93,7 +93,7 @@ def test_what_lies_in_quarantine_is_a_warning_that_names_folder_and_fix(disk, ex
     code, found = examined()
     assert (code, found["status"]) == (0, "warn")
     assert found["quarantined_files"] == 2
-    assert f"2 files in {disk}/quarantine" in found["detail"]
+    assert f"files in {disk}/quarantine: 2" in found["detail"]
     assert "remove it" in found["fix"]
     assert len(files(disk)) == 3
 
