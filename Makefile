@@ -37,6 +37,7 @@ test-integration: $(STAMP) ## Ceph RGW, LocalStack and moto, which it installs, 
 	@$(BIN)/python -m pytest tests/crash tests/integration $(ARGS)
 
 torture: $(STAMP) ## Storms of faults, STORM_S=300 seconds on each server, and KILLS=500 processes killed; prints figures
+	@STORM_S='$(STORM_S)' KILLS='$(KILLS)' $(BIN)/python tests/torture/limits.py
 	@$(BIN)/python -m localstack install moto rgw
 	@STORM_S='$(STORM_S)' KILLS='$(KILLS)' $(BIN)/python -m pytest tests/torture -s $(ARGS)
 
@@ -58,6 +59,8 @@ bench: $(if $(filter $(BENCH_ALONE),$(NAME)),$(BENCH_STAMP),$(STAMP)) ## Run one
 	@test -n '$(NAME)' || { echo "usage: make bench NAME=x [ARGS=--help], x one of:"; \
 		for file in $$(grep -l 'prog="make bench' benchmarks/*.py); do \
 			printf '  %-14s %s\n' "$$(basename $$file .py)" "$$(sed -n '1s/^"""//p' $$file)"; done; exit 2; }
+	@grep -qsF 'prog="make bench NAME=$(NAME)"' benchmarks/*.py || { echo "make bench: NAME='$(NAME)' is no benchmark;" \
+		"one of:" $$(sed -n 's/.*prog="make bench NAME=\(\w*\)".*/\1/p' benchmarks/*.py) >&2; exit 2; }
 	@$(if $(filter $(BENCH_ALONE),$(NAME)),$(BENCH_VENV)/bin,$(BIN))/python -m benchmarks.$(NAME) $(ARGS)
 
 lint: $(STAMP) ## Check style (ruff)

@@ -19,7 +19,6 @@ gbps are host bytes per CPU second, and null where nothing was encoded.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ from typing import Protocol
 import numpy as np
 import zstandard
 
+from benchmarks.command_line import add_number, add_rounds, parser_of
 from benchmarks.report import machine, print_result, say, timed
 from kvstore.codecs.registry import decoder, parse_codec
 
@@ -131,15 +131,13 @@ class Measured:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="make bench NAME=codecs",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of(prog="make bench NAME=codecs", description=__doc__)
     parser.add_argument("--kv", type=Path, help="a .npy or .safetensors file, or a folder of them")
-    parser.add_argument("--sections", type=int, default=16, help="sections made up without --kv")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--codecs", nargs="+", default=CODECS, help="codec strings to measure")
+    add_number(parser, "--sections", 16, "sections to make up; without --kv")
+    add_rounds(parser, 5)
+    parser.add_argument(
+        "--codecs", nargs="+", default=CODECS, help="what to measure, as KVSTORE_CODEC takes it"
+    )
     options = parser.parse_args(arguments)
     sections = _read(options.kv) if options.kv else _make_up(options.sections)
     print_result(_measure(sections, dict.fromkeys([LOSSLESS, *options.codecs]), options.rounds))

@@ -11,7 +11,6 @@ index_bytes, add_us, evict_us an entry.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import ctypes
@@ -25,6 +24,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from benchmarks.command_line import add_number, add_rounds, parser_of
 from benchmarks.report import machine, print_result, say
 from kvstore.disk.tier import DiskTier
 from kvstore.eviction import PrefixEviction
@@ -43,11 +43,15 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="make bench NAME=disk_tier", description=__doc__)
-    parser.add_argument("--chunks", type=int, default=24)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", default=None, help="a folder on the disk to measure")
-    parser.add_argument("--entries", type=int, default=1_000_000, help="chunks in the index")
+    parser = parser_of(prog="make bench NAME=disk_tier", description=__doc__)
+    add_number(parser, "--chunks", 24, "chunks of 32 MiB written and read in a round")
+    add_rounds(parser, 5)
+    parser.add_argument(
+        "--folder",
+        default=None,
+        help="a folder on the disk to measure, for files of a while; without it, the system's own",
+    )
+    add_number(parser, "--entries", 1_000_000, "chunks in the index whose calls are timed")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         cases = asyncio.run(measure(Path(folder), arguments.chunks, arguments.rounds))

@@ -11,7 +11,6 @@ machine, gpu (null without one, and no cases), `cases`: a list of {shape, page_t
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import mmap
 import statistics
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.command_line import add_numbers, add_rounds, parser_of
 from benchmarks.report import machine, print_result, say
 from kvstore.kernels.contract import PageCopier
 from kvstore.kernels.copiers import page_copier
@@ -45,9 +45,9 @@ SHAPES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="make bench NAME=kernels", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--page-tokens", type=int, nargs="*", default=PAGE_TOKENS)
+    parser = parser_of(prog="make bench NAME=kernels", description=__doc__)
+    add_rounds(parser, 5)
+    add_numbers(parser, "--page-tokens", PAGE_TOKENS, "tokens of a page, a case each")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         say("no GPU here: nothing was measured")

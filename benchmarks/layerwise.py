@@ -29,13 +29,13 @@ layerwise_s: how many times sooner.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from benchmarks.command_line import add_number, add_numbers, add_rounds, parser_of
 from benchmarks.pages import HostPages
 from benchmarks.report import machine, print_result, say
 from benchmarks.shared_body import SharedBodyBackend
@@ -168,11 +168,13 @@ def load_then_compute(loader: Loader, case: Case) -> Reached:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="make bench NAME=layerwise", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tokens", type=int, nargs="*", help="only these cases, as many stored as computed")
-    parser.add_argument("--memory-mib", type=int, default=2304, help="KVSTORE_MEMORY_BYTES")
-    parser.add_argument("--requests", type=int, default=64, help="KVSTORE_FETCH_CONCURRENCY")
+    parser = parser_of(prog="make bench NAME=layerwise", description=__doc__)
+    add_rounds(parser, 3)
+    add_numbers(
+        parser, "--tokens", None, "instead of the usual cases: so many tokens stored, and as many computed"
+    )
+    add_number(parser, "--memory-mib", 2304, "the store's KVSTORE_MEMORY_BYTES, in MiB")
+    add_number(parser, "--requests", 64, "the store's KVSTORE_FETCH_CONCURRENCY")
     options = parser.parse_args(arguments)
     sizes = [(tokens, tokens) for tokens in options.tokens] if options.tokens else CASES
     cases = [Case(*size) for size in sizes]

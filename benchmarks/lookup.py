@@ -16,7 +16,6 @@ latency_s, case, seconds, round_trips, requests}. Medians over the rounds; count
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -24,6 +23,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, Literal
 
+from benchmarks.command_line import add_rounds, parser_of
 from benchmarks.report import machine, print_result, say
 from kvstore import DType, KVLayout, KVStore, Namespace, PrefixChain, load_settings
 from kvstore.backends.contract import Absent, ObjectInfo, ReadResult
@@ -151,8 +151,8 @@ class Chunks:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="make bench NAME=lookup", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = parser_of(prog="make bench NAME=lookup", description=__doc__)
+    add_rounds(parser, 5)
     options = parser.parse_args(arguments)
     chains = [Chunks(chunks, LATENCIES_S) for chunks in CHUNKS]
     for round_ in range(1, options.rounds + 1):

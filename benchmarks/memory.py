@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.command_line import add_number, parser_of
 from benchmarks.report import machine, print_result, say
 from benchmarks.shared_body import SharedBodyBackend
 from kvstore import DType, KVLayout, KVStore, Namespace, load_settings
@@ -42,9 +43,9 @@ class Looker:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="make bench NAME=memory", description=__doc__)
-    parser.add_argument("--load-mib", type=int, default=4096, help="MiB to load")
-    parser.add_argument("--memory-mib", type=int, default=512, help="KVSTORE_MEMORY_BYTES")
+    parser = parser_of(prog="make bench NAME=memory", description=__doc__)
+    add_number(parser, "--load-mib", 4096, "MiB to load, in chunks of 32 MiB", least=32)
+    add_number(parser, "--memory-mib", 512, "the store's KVSTORE_MEMORY_BYTES, in MiB")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.child:

@@ -16,13 +16,13 @@ us_per_chunk_of_one_layer (the second case). Medians over the rounds.
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from benchmarks.command_line import add_number, add_rounds, parser_of
 from benchmarks.report import Timing, machine, print_result, say, timed
 from kvstore import DType, Durability, KVLayout, KVStore, Namespace, PrefixChain, load_settings
 from kvstore.arena import whole_pages
@@ -131,10 +131,10 @@ class Case:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="make bench NAME=overhead", description=__doc__)
-    parser.add_argument("--chunks", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=80)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = parser_of(prog="make bench NAME=overhead", description=__doc__)
+    add_number(parser, "--chunks", 512, "chunks in a load")
+    add_number(parser, "--layers", 80, "layers, and so sections, of a chunk")
+    add_rounds(parser, 5)
     options = parser.parse_args(arguments)
     layers = Case(options.chunks, options.layers)
     single = Case(4 * options.chunks, 1)

@@ -22,7 +22,6 @@ below 1 are in our favour. `kvstore` and `lmcache` have medians of each side's f
 
 from __future__ import annotations
 
-import argparse
 import http.client
 import json
 import os
@@ -36,6 +35,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from benchmarks.command_line import add_number, add_rounds, parser_of
 from benchmarks.pages import HostPages
 from benchmarks.report import Timing, machine, print_result, say, timed
 from kvstore import DType, Durability, KVLayout, KVStore, Namespace, PrefixChain, load_settings
@@ -149,10 +149,12 @@ class TheirSide:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="make bench NAME=peer_lmcache", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--mib", type=int, default=256, help="MiB that each side moves in a round")
-    parser.add_argument("--quick", action="store_true", help="one round of 64 MiB")
+    parser = parser_of(prog="make bench NAME=peer_lmcache", description=__doc__)
+    add_rounds(parser, 7)
+    add_number(parser, "--mib", 256, "MiB that each side moves in a round")
+    parser.add_argument(
+        "--quick", action="store_true", help="for trying it out: one round of 64 MiB; overrides what is above"
+    )
     options = parser.parse_args(arguments)
     rounds, mib = (1, 64) if options.quick else (options.rounds, options.mib)
     os.environ.update(

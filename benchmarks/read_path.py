@@ -19,7 +19,6 @@ and again, goes on while KVStore.load loads at full speed from the same server i
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import tempfile
@@ -37,6 +36,7 @@ from benchmarks.clients import (
     ObjectsOnly,
     Range,
 )
+from benchmarks.command_line import add_number, add_rounds, parser_of
 from benchmarks.pages import HostPages
 from benchmarks.report import Timing, machine, print_result, say, timed
 from benchmarks.server import BUCKET, Server, use_test_credentials
@@ -105,10 +105,14 @@ class Case:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="make bench NAME=read_path", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--mib", type=int, default=256, help="MiB that a client reads in a round")
-    parser.add_argument("--quick", action="store_true", help="one round of 16 MiB at two sizes")
+    parser = parser_of(prog="make bench NAME=read_path", description=__doc__)
+    add_rounds(parser, 5)
+    add_number(parser, "--mib", 256, "MiB that a client reads in a round")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="for trying it out: one round, 16 MiB, two sizes; overrides what is above",
+    )
     options = parser.parse_args(arguments)
     rounds, mib = (1, 16) if options.quick else (options.rounds, options.mib)
     use_test_credentials()

@@ -8,7 +8,6 @@ process's, without the server's.
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import tempfile
@@ -16,6 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from benchmarks.command_line import add_number, add_rounds, parser_of
 from benchmarks.pages import HostPages
 from benchmarks.report import Timing, machine, print_result, say, timed
 from kvstore import DType, Durability, KVLayout, KVStore, Namespace, load_settings
@@ -35,10 +35,10 @@ DEADLINE_S = 300.0
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="make bench NAME=roundtrip", description=__doc__)
-    parser.add_argument("--chunks", type=int, default=24)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--backends", nargs="*", choices=BACKENDS, default=list(BACKENDS))
+    parser = parser_of(prog="make bench NAME=roundtrip", description=__doc__)
+    add_number(parser, "--chunks", 24, "chunks saved and loaded in a round")
+    add_rounds(parser, 5)
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS), help="only these")
     options = parser.parse_args(arguments)
     with ExitStack() as stack:
         cases = [

@@ -1,6 +1,6 @@
 """Saving until the bucket has it, beside what else puts objects to S3, on one server on loopback.
 
-Objects of 4, 16 and 32 MiB of KV, IN_FLIGHT at once (benchmarks/writers.py says what each client
+Objects of 4, 16 and 32 MiB of KV, 8 at once (benchmarks/writers.py says what each client
 does), all in turn, round by round, so compare within one run. The server is
 localstack/memory_s3.py: it receives into memory it has used before. It is another process on the
 same machine; CPU seconds are this process's, over all its threads. Names are fresh each round, and
@@ -31,7 +31,6 @@ has loaded its S3 client.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import ctypes
 import http.client
@@ -46,6 +45,7 @@ from functools import partial
 from time import perf_counter
 from typing import Any
 
+from benchmarks.command_line import add_number, add_rounds, parser_of
 from benchmarks.report import Timing, machine, print_result, say, timed
 from benchmarks.server import Server, use_test_credentials
 from benchmarks.writers import IN_FLIGHT, WRITERS, Item, Writer
@@ -205,12 +205,18 @@ class Case:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="make bench NAME=write_path", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--mib", type=int, default=256, help="MiB that a client puts in a round")
-    parser.add_argument("--calls", type=int, default=CALLS, help="saves to an endpoint that is dead")
-    parser.add_argument("--quick", action="store_true", help="one round of 32 MiB at 4 MiB, few calls")
-    parser.add_argument("--without", nargs="*", default=[], choices=["obstore", "boto3"])
+    parser = parser_of(prog="make bench NAME=write_path", description=__doc__)
+    add_rounds(parser, 7)
+    add_number(parser, "--mib", 256, "MiB of objects that a client puts in a round; at least 8 objects")
+    add_number(parser, "--calls", CALLS, "saves to a dead endpoint that its queue takes", least=PROMPT_CHUNKS)
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="for trying it out: one round, 32 MiB in objects of 4 MiB, few calls; overrides what is above",
+    )
+    parser.add_argument(
+        "--without", nargs="+", default=[], choices=["obstore", "boto3"], help="clients to leave out"
+    )
     options = parser.parse_args(arguments)
     rounds, mib, calls, sizes = options.rounds, options.mib, options.calls, SIZES_MIB
     if options.quick:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
+import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -27,12 +29,14 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from kvstore.bucket import check_bucket
 from kvstore.errors import MisconfiguredError
 from kvstore.handles import Durability
 from kvstore.masking import without_user
 
 ENV_PREFIX = "KVSTORE_"
 CONFIG_VARIABLE = "KVSTORE_CONFIG"
+_SIZE = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*(?P<unit>|b|[kmgtpe]i?b?)\s*\Z", re.ASCII | re.IGNORECASE)
 _log = logging.getLogger("kvstore.settings")
 
 
@@ -85,7 +89,20 @@ def _no_bool(value: object) -> object:
     return value
 
 
-Bytes = Annotated[ByteSize, BeforeValidator(_no_bool), Field(gt=0)]
+def _check_size(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    size = _SIZE.match(value)
+    if size is None:
+        raise ValueError(
+            "is no number with a unit: B, kB, MB, GB, TB, PB (k, M, ... for short) are powers of 1000, "
+            "KiB, MiB, GiB, TiB, PiB (Ki, Mi, ... for short) powers of 1024"
+        )
+    # Kubernetes writes Gi, pydantic knows GiB alone.
+    return value.strip() + "B" if size["unit"].lower().endswith("i") else value
+
+
+Bytes = Annotated[ByteSize, BeforeValidator(_check_size), BeforeValidator(_no_bool), Field(gt=0)]
 Seconds = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, le=86_400, allow_inf_nan=False)]
 Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1, le=4096)]
 
@@ -100,7 +117,7 @@ class Settings(BaseSettings):
         env_prefix=ENV_PREFIX, env_ignore_empty=True, frozen=True, extra="forbid", validate_default=True
     )
 
-    bucket: str = Field(
+    bucket: Annotated[str, AfterValidator(check_bucket)] = Field(
         default_factory=lambda: Path(platformdirs.user_cache_dir("kvstore"), "store").as_uri(),
         description="an S3 bucket name, file:///folder, or memory://",
     )
@@ -226,7 +243,11 @@ def resolve_settings(flags: Mapping[str, Any] | None = None) -> ResolvedSettings
         unknown = sorted(layer.keys() - Settings.model_fields.keys())
         if unknown:
             known = ", ".join(Settings.model_fields)
-            raise MisconfiguredError(f"{unknown[0]!r} in the {origin} is no setting; known: {known}")
+            near = _nearest(unknown[0], Settings.model_fields)
+            question = f"did you mean {near}? " if near else ""
+            raise MisconfiguredError(
+                f"{unknown[0]!r} in the {origin} is no setting; {question}known: {known}"
+            )
     values: dict[str, Any] = {}
     origins = dict.fromkeys(Settings.model_fields, "default")
     for origin, layer in layers:
@@ -255,7 +276,15 @@ def _warn_of_unknown_variables() -> None:
     known = {variable(name) for name in Settings.model_fields} | {CONFIG_VARIABLE}
     for name in sorted(os.environ):
         if name.startswith(ENV_PREFIX) and name not in known:
-            _log.warning("%s is set but is no setting of this version; known: see `kvstore config`", name)
+            # All begin alike, which makes none nearer.
+            near = _nearest(name.removeprefix(ENV_PREFIX), [each.removeprefix(ENV_PREFIX) for each in known])
+            hint = f"did you mean {ENV_PREFIX}{near}?" if near else "known: see `kvstore config`"
+            _log.warning("%s is set but is no setting of this version; %s", name, hint)
+
+
+def _nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that `name` may be a slip of."""
+    return next(iter(difflib.get_close_matches(name, sorted(known), 1)), None)
 
 
 def _read_file(path: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from kvstore.backends.contract import ABSENT, PutStatus
 from kvstore.backends.opening import filesystem_folder, is_s3
 from kvstore.cli.credentials import HOW_TO_PROVIDE, find_credentials
+from kvstore.cli.disk_tier import check_disk_tier, hung
 from kvstore.cli.examination import (
     Check,
     Outcome,
@@ -189,7 +190,7 @@ async def check_disk(site: Site) -> Outcome:
     folder = filesystem_folder(site.settings)
     if folder is None:
         return Outcome(Status.SKIP, "not needed: the store is no folder of this machine")
-    usage = shutil.disk_usage(_existing(folder))
+    usage = await in_daemon_thread(lambda: shutil.disk_usage(_existing(folder)))
     detail = f"{size_text(usage.free)} of {size_text(usage.total)} free under {folder}"
     fix = "free space there, or point KVSTORE_BUCKET at a larger disk"
     if usage.free < FREE_FAIL_BYTES:
@@ -226,6 +227,7 @@ CHECKS = (
     Check("list", "list", check_list, ("write",)),
     Check("delete", "delete", check_delete, ("write",)),
     Check("clock", "clock drift", check_clock, ("bucket",)),
-    Check("disk", "free disk", check_disk),
+    Check("disk", "free disk", check_disk, unanswered=hung),
+    Check("disk_tier", "disk tier", check_disk_tier, unanswered=hung),
     Check("latency", "read latency", check_latency, ("write",)),
 )

@@ -128,14 +128,25 @@ class Site:
         return None
 
 
+def unreachable(detail: str) -> Outcome:
+    """The store gave no answer in time."""
+    fix = "check KVSTORE_ENDPOINT_URL, the network and any proxy between"
+    return Outcome(Status.FAIL, f"unreachable: {detail}", fix, ExitCode.UNREACHABLE)
+
+
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One line of the doctor's report. `needs`: checks without which this one says nothing."""
+    """One line of the doctor's report.
+
+    needs       checks without which this one says nothing
+    unanswered  what it means that there was no answer in time, told how long that was
+    """
 
     name: str
     title: str
     run: Callable[[Site], Awaitable[Outcome]]
     needs: tuple[str, ...] = ()
+    unanswered: Callable[[str], Outcome] = unreachable
 
 
 class Examination:
@@ -164,12 +175,7 @@ class Examination:
         except KVStoreError as error:
             return refused(error)
         except TimeoutError:
-            return Outcome(
-                Status.FAIL,
-                f"unreachable: no answer within {self._timeout_s:g} s",
-                "check KVSTORE_ENDPOINT_URL, the network and any proxy between",
-                ExitCode.UNREACHABLE,
-            )
+            return check.unanswered(f"no answer within {self._timeout_s:g} s")
         except Exception as error:
             return failed(f"{type(error).__name__}: {error}", "this is a defect of kvstore; please report it")
 

@@ -64,7 +64,7 @@ def codecs(call: Call) -> ExitCode:
 def doctor(call: Call) -> ExitCode:
     """Try live whether the store does what kvstore needs of it, and say how to mend what does not.
 
-    Writes a few small objects under PREFIX/doctor/ and removes them again.
+    Writes a few small objects under PREFIX/doctor/ and a file into KVSTORE_DISK_DIR, and removes them again.
     """
     from kvstore.cli.doctor import examine_store
 

@@ -18,7 +18,7 @@ from kvstore.warn import WarnRarely
 
 T = TypeVar("T")
 
-_FIXES = {
+DISK_FIXES = {
     DiskFailure.HUNG: "the disk does not answer; look at the system's log",
     DiskFailure.FULL: "make room on it, or set KVSTORE_DISK_BYTES to less",
     DiskFailure.READ_ONLY: "mount it writable, or set KVSTORE_DISK_DIR to another folder",
@@ -131,8 +131,10 @@ class DiskHalf:
 
     def _say(self, how: DiskFailure, error: OSError) -> None:
         what = error.strerror or f"took longer than {self._timeout_s:g} s"
+        # A missing folder is one trouble of both halves, to be said once.
+        half = "reads and writes" if how is DiskFailure.MISSING else self._half
         self._warn(
-            f"disk {self._half} {how}",
-            f"{self._half} of the disk tier in {self._folder} fail, so chunks are not there: "
-            f"{what}; {_FIXES[how]}",
+            f"disk {half} {how}",
+            f"{half} of the disk tier in {self._folder} fail, so chunks are not there: "
+            f"{what}; {DISK_FIXES[how]}",
         )

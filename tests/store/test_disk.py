@@ -1,6 +1,7 @@
 """The disk tier between memory and backend: what it saves, and that it never harms."""
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from samples import (
 )
 
 import kvstore.assembly
+from kvstore.disk.events import DiskFailure, Half
 from kvstore.errors import MisconfiguredError, MissReason, RetryableError
 from kvstore.handles import Durability
 
@@ -258,3 +260,20 @@ def test_a_miss_of_both_tiers_is_a_miss(with_disk):
 def test_a_budget_for_no_chunk_is_refused_with_the_size_it_takes(opened, tmp_path):
     with pytest.raises(MisconfiguredError, match=rf"KVSTORE_DISK_BYTES=1 .* {FORM.raw_bytes} bytes"):
         opened(ScriptedBackend(), disk_dir=str(tmp_path), disk_bytes=1)
+
+
+def test_a_folder_that_cannot_be_made_is_said_once_for_reads_and_writes(opened, tmp_path, caplog):
+    (tmp_path / "file").write_bytes(b"")
+    store = opened(ScriptedBackend(), disk_dir=str(tmp_path / "file/cache"))
+    give_up_s = time.monotonic() + PATIENCE_S
+    while not (
+        store.metrics.value("kvstore_disk_off", half=Half.WRITES)
+        and store.metrics.value("kvstore_disk_failures_total", half=Half.READS, kind=DiskFailure.MISSING)
+    ):
+        assert time.monotonic() < give_up_s
+        settle(store)
+    # What is counted is said in the same step of the store's loop.
+    settle(store)
+    (said,) = [message for message in caplog.messages if " fail, " in message]
+    assert said.startswith("reads and writes of the disk tier")
+    assert "KVSTORE_DISK_DIR" in said

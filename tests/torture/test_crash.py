@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import urllib.request
 from collections import Counter
@@ -16,14 +15,15 @@ from aws_credentials import use_test_credentials
 from crash_process import Order
 from crashes import CrashProcess, Life, Scene, assert_object_whole, crash_processes
 from samples import settings_of
+from torture.limits import kills, kills_seed
 
 from kvstore.backends.contract import ABSENT
 from kvstore.backends.opening import open_backend
 from kvstore.failpoints import Failpoint
 from localstack.moto import moto_server
 
-KILLS = int(os.environ.get("KILLS") or 500)
-SEED = int(os.environ.get("KILLS_SEED") or random.randrange(1 << 32))
+KILLS = kills()
+SEED = random.randrange(1 << 32) if (seed := kills_seed()) is None else seed
 BUCKET = "crashes"
 # After so many kills a process that is not killed proves what was acknowledged.
 KILLS_PER_PROOF = 40

@@ -1,7 +1,6 @@
 """P8, for minutes: two stores on one bucket behind the fault proxy, through weather of every kind."""
 
 import asyncio
-import os
 import random
 import resource
 import time
@@ -16,12 +15,13 @@ from integration.access import Access, options_of
 from s3_planes import PLANES, open_plane
 from samples import PATIENCE_S, assert_no_slot_lost
 from storm import MAX_CONNECTIONS, Engines, Scale, recovery_s, storm
+from torture.limits import storm_s, storm_seed
 
 from kvstore.backends.s3 import S3Options
 from kvstore.layout import ChunkForm, DType, KVLayout
 
-STORM_S = float(os.environ.get("STORM_S") or 300)
-SEED = int(os.environ.get("STORM_SEED") or 8)
+STORM_S = storm_s()
+SEED = storm_seed()
 WARM_UP_S = 5.0
 GUST_S = 7.0
 # Bodies on their way through the proxy; what leaks with every request comes to more.

@@ -1,6 +1,8 @@
 """Every benchmark that needs nothing installed runs, and its last line has what the documents promise."""
 
+import argparse
 import ast
+import importlib
 import json
 import re
 import subprocess
@@ -135,6 +137,49 @@ def test_a_benchmark_is_in_the_documents(name):
 def test_fields_of_the_others_are_documented(name):
     docstring = ast.get_docstring(ast.parse((ROOT / f"benchmarks/{name}.py").read_text()))
     assert DOCUMENTED[name] <= set(re.findall(r"\w+", docstring))
+
+
+class ParserMadeError(Exception):
+    """Ends a benchmark where it would read its command line."""
+
+
+@pytest.fixture
+def parser_of_benchmark(monkeypatch):
+    """Gives the parser of a benchmark's options."""
+
+    def stop(parser, *_):
+        raise ParserMadeError(parser)
+
+    def parser(name: str) -> argparse.ArgumentParser:
+        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        with pytest.raises(ParserMadeError) as made:
+            importlib.import_module(f"benchmarks.{name}").main()
+        monkeypatch.undo()
+        return made.value.args[0]
+
+    return parser
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_help_shows_how_to_give_options_what_each_does_and_the_text_as_it_is_written(
+    parser_of_benchmark, name
+):
+    parser = parser_of_benchmark(name)
+    shown = parser.format_help()
+    assert shown.startswith(f"usage: make bench NAME={name} [ARGS='OPTION...']\n")
+    assert ast.get_docstring(ast.parse((ROOT / f"benchmarks/{name}.py").read_text()), clean=False) in shown
+    assert all(action.help for action in parser._actions)
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "many", "1.5"])
+def test_a_number_that_makes_no_sense_is_told_with_its_option_and_what_it_takes(
+    parser_of_benchmark, capsys, value
+):
+    with pytest.raises(SystemExit) as ended:
+        parser_of_benchmark("write_path").parse_args([f"--rounds={value}"])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.endswith(f"error: argument --rounds: '{value}' is no whole number of at least 1")
 
 
 def run(name: str) -> dict[str, Any]:

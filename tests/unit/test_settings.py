@@ -71,6 +71,14 @@ def test_an_empty_variable_is_as_good_as_none(config, monkeypatch):
 
 
 MALFORMED = {
+    "bucket": [
+        "s3://foo",
+        "b",
+        "https://host/bucket",
+        "memory:",
+        "file://host/folder",
+        "file://[host/folder",
+    ],
     "prefix": ["/a", "a/", "a//b", "../a", "a/./b"],
     "endpoint_url": ["localhost:9000", "ftp://host", "http:/host"],
     "addressing_style": ["Path", "dns"],
@@ -107,7 +115,7 @@ def test_a_malformed_variable_is_named_with_its_value_and_what_it_takes(monkeypa
 
 
 def test_every_field_that_can_be_malformed_is_tested():
-    free_text = {"bucket", "region", "tenant_salt"}
+    free_text = {"region", "tenant_salt"}
     assert set(Settings.model_fields) == set(MALFORMED) | free_text
 
 
@@ -144,6 +152,24 @@ def test_a_value_of_the_wrong_type_in_a_file_is_named_with_what_it_takes(config,
     assert Settings.model_fields[field].description in said
 
 
+@pytest.mark.parametrize(
+    ("url", "instead"),
+    [
+        ("s3://foo", "name alone, foo;"),
+        ("s3://foo/", "name alone, foo;"),
+        ("s3://foo/team/kv/", "name alone, foo, and the folder as KVSTORE_PREFIX=team/kv;"),
+    ],
+)
+def test_for_a_bucket_as_a_url_the_name_to_write_is_told(url, instead):
+    assert instead in refusal(bucket=url)
+
+
+@pytest.mark.parametrize("value", ["8 gigs", "8bit", "1e9", "-1"])
+def test_a_malformed_size_is_told_the_units_there_are(value):
+    said = refusal(memory_bytes=value)
+    assert all(unit in said for unit in ("kB", "GB", "KiB", "GiB", "Gi", "powers of 1000", "powers of 1024"))
+
+
 def test_all_that_is_wrong_is_said_at_once(monkeypatch):
     monkeypatch.setenv("KVSTORE_CODEC", "gzip")
     monkeypatch.setenv("KVSTORE_FETCH_CONCURRENCY", "none")
@@ -161,7 +187,8 @@ def test_an_unknown_key_in_a_file_is_an_error_that_lists_the_known_ones(config, 
 
 
 def test_an_unknown_flag_is_an_error():
-    assert "'bukcet' in the flag is no setting" in refusal(bukcet="x")
+    assert "'bukcet' in the flag is no setting; did you mean bucket?" in refusal(bukcet="x")
+    assert "did you mean" not in refusal(xyzzy="x")
 
 
 def test_an_unknown_variable_is_a_warning_that_names_it_not_its_value(monkeypatch, caplog):
@@ -171,6 +198,23 @@ def test_an_unknown_variable_is_a_warning_that_names_it_not_its_value(monkeypatc
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert "KVSTORE_MEMORY_BYTE is set but is no setting" in caplog.text
     assert SECRET not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("KVSTORE_MEMORY_BYTE", "KVSTORE_MEMORY_BYTES"),
+        ("KVSTORE_BUKCET", "KVSTORE_BUCKET"),
+        ("KVSTORE_ENDPOINT", "KVSTORE_ENDPOINT_URL"),
+        ("KVSTORE_CONFG", "KVSTORE_CONFIG"),
+        ("KVSTORE_XYZZY", None),
+    ],
+)
+def test_an_unknown_variable_near_a_setting_is_asked_about(monkeypatch, caplog, name, near):
+    monkeypatch.setenv(name, "/no/such/file")
+    load_settings()
+    (message,) = caplog.messages
+    assert message.endswith(f"did you mean {near}?" if near else "known: see `kvstore config`")
 
 
 @pytest.mark.parametrize("content", [b"bucket = ", b"\xff\xfe", b"bucket 'x'"])
@@ -185,7 +229,11 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("512MiB", 1 << 29), ("8GiB", 8 << 30), ("1000000", 10**6), ("1 kB", 1000)]
+    ("text", "size"),
+    [
+        *(("512MiB", 1 << 29), ("8GiB", 8 << 30), ("8Gi", 8 << 30), ("1.5 ki", 1536), (" 8Mi ", 8 << 20)),
+        *(("1000000", 10**6), ("1 kB", 1000), ("2G", 2 * 10**9), ("7B", 7)),
+    ],
 )
 def test_sizes_are_read_as_people_write_them(monkeypatch, text, size):
     monkeypatch.setenv("KVSTORE_MEMORY_BYTES", text)
@@ -233,7 +281,7 @@ def test_settings_cannot_be_changed():
 
 
 def test_settings_can_be_handed_to_another_process():
-    settings = load_settings(bucket="b", memory_bytes="1MiB")
+    settings = load_settings(bucket="bucket", memory_bytes="1MiB")
     assert pickle.loads(pickle.dumps(settings)) == settings
     assert json.loads(settings.model_dump_json())["memory_bytes"] == 1 << 20
 
