@@ -119,7 +119,8 @@ class Assembler:
                 Arena(largest_read_bytes(form, self._limits), settings.fetch_concurrency) for _ in range(2)
             )
         with _allocating("KVSTORE_UPLOAD_CONCURRENCY", settings.upload_concurrency):
-            buffers = settings.upload_concurrency + JOURNAL_PLACES
+            # For uploads, for copies to the disk tier or uploads from the journal, and for journaling.
+            buffers = 2 * settings.upload_concurrency + JOURNAL_PLACES
             codec = parse_codec(settings.codec, form.layout.dtype.itemsize, form.row_bytes)
             self._writer = ChunkWriter(form, codec, buffers)
         self._disk = self._disk_tier()
@@ -271,9 +272,10 @@ class Assembler:
         if self._disk is None:
             return None
         destination = Destination(backend.location, settings.prefix)
-        journal = self._disk.journal(destination, settings.journal_bytes)
+        journal = self._disk.journal(destination, settings.journal_bytes, self._form.raw_bytes)
         self._metrics.watch_journal(lambda: journal.pending_bytes)
         limits = BacklogLimits(
+            at_once=settings.upload_concurrency,
             object_bytes_max=max(settings.upload_queue_bytes, 2 * self._form.raw_bytes),
             timeout_s=settings.upload_timeout_s,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import heapq
 import logging
 import random
 import time
@@ -26,19 +27,22 @@ from kvstore.uploader import Uploader
 from kvstore.warn import BACKEND_TROUBLE, WarnRarely
 
 _log = logging.getLogger("kvstore.backlog")
+_DOUBLINGS_MAX = 10
 
 
 @dataclass(frozen=True)
 class BacklogLimits:
     """Bounds of the backlog.
 
+    at_once           how many chunks are read and uploaded at once
     object_bytes_max  a larger file is left to a process that saves chunks of its size
     timeout_s         an upload that takes longer, retries included, is tried again later
     look_s            between two looks for what other processes left
-    pause_min_s       before an upload that failed, or is another process's, is tried again;
-                      doubling to pause_max_s while all fail
+    pause_min_s       before a chunk that failed, or is another process's, is tried again; doubling
+                      to pause_max_s with each of its failures
     """
 
+    at_once: int
     object_bytes_max: int
     timeout_s: float
     look_s: float = 60.0
@@ -50,8 +54,9 @@ class Backlog:
     """Uploads of pending chunks, on the store's loop, beside those from memory.
 
     form     of chunks that this process saves
-    buffers  memory for one chunk of that form each
-    places   shared with uploads from memory: one for each upload at once
+    buffers  memory for one chunk of that form each; more than `at_once`, as these are waited for
+             with a place in hand by uploads from memory
+    places   shared with those: one for each upload at once
     """
 
     def __init__(
@@ -77,10 +82,11 @@ class Backlog:
         # All that are to be uploaded, and where somebody waits for one, for whom.
         self._known: dict[PendingName, SavedChunk | None] = {}
         self._due: deque[PendingName] = deque()
-        self._later: deque[PendingName] = deque()
-        self._pause_s = limits.pause_min_s
-        self._retry_at_s = 0.0
-        self._failed = False
+        self._later: list[tuple[float, PendingName]] = []
+        self._failures: dict[PendingName, int] = {}
+        # In the bucket, but not to be removed from the journal.
+        self._stored: set[PendingName] = set()
+        self._hands = asyncio.Semaphore(limits.at_once)
         # Chunks of other forms may be larger than any buffer: memory for one at a time.
         self._large = asyncio.Lock()
         self.looked = False
@@ -110,7 +116,8 @@ class Backlog:
 
     def hurry(self) -> None:
         """Try at once what was put off: somebody waits."""
-        self._retry_at_s = 0.0
+        self._due.extend(name for _, name in self._later)
+        self._later.clear()
         self._wake.set()
 
     async def wait_empty(self) -> None:
@@ -134,7 +141,11 @@ class Backlog:
             while True:
                 while self._due:
                     await self._uploader.wait_on()
-                    await self._places.acquire()
+                    await self._journal.wait_readable()
+                    await self._hands.acquire()
+                    async with self._places:
+                        # As long as there is none free, what is pending is anybody's.
+                        pass
                     tasks.create_task(self._upload_one(self._due.popleft()))
                 await self._pause()
 
@@ -148,6 +159,7 @@ class Backlog:
         """Find what other processes left. False: the disk does not tell, which it has said itself."""
         try:
             look = await self._journal.look()
+            self._tell_of(look)
         except (OSError, KVStoreError):
             return False
         except Exception:
@@ -157,7 +169,6 @@ class Backlog:
             if name not in self._known:
                 self._known[name] = None
                 self._due.append(name)
-        self._tell_of(look)
         self.looked = True
         await self._tell()
         return True
@@ -177,23 +188,19 @@ class Backlog:
         if look.stuck:
             self._warn(
                 "journal stuck",
-                f"{look.stuck} files or folders do not belong in the journal's pending/ and cannot be moved "
-                "to quarantine/: let this user rename them, or remove them",
+                f"{look.stuck} files or folders in the journal's pending/ do not belong there and cannot be "
+                "moved to quarantine/, or may not be read: let this user read and rename them",
             )
 
     async def _pause(self) -> None:
         """Wait for something to do."""
         self._wake.clear()
-        wait_s = max(0.0, self._retry_at_s - time.monotonic()) if self._later else None
+        wait_s = max(0.0, self._later[0][0] - time.monotonic()) if self._later else None
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(wait_s):
                 await self._wake.wait()
-        if self._later and time.monotonic() >= self._retry_at_s:
-            self._due.extend(self._later)
-            self._later.clear()
-            if self._failed:
-                self._failed = False
-                self._pause_s = min(2 * self._pause_s, self._limits.pause_max_s)
+        while self._later and self._later[0][0] <= time.monotonic():
+            self._due.append(heapq.heappop(self._later)[1])
 
     async def _upload_one(self, name: PendingName) -> None:
         try:
@@ -201,13 +208,19 @@ class Backlog:
             if name in self._known:
                 await self._try(name)
         except (OSError, KVStoreError) as error:
-            self._warn(BACKEND_TROUBLE, f"a chunk in the journal cannot be uploaded and stays there: {error}")
+            why = str(error) or "it took too long"
+            self._warn(BACKEND_TROUBLE, f"a chunk in the journal cannot be uploaded and stays there: {why}")
+            self._put_off(name, failed=True)
+        except asyncio.CancelledError:
+            # This was, or something that it waited for.
+            if _being_cancelled():
+                raise
             self._put_off(name, failed=True)
         except Exception:
             _log.exception("a chunk in the journal cannot be uploaded because of a defect")
             self._put_off(name, failed=True)
         finally:
-            self._places.release()
+            self._hands.release()
             await self._tell()
 
     async def _try(self, name: PendingName) -> None:
@@ -217,6 +230,9 @@ class Backlog:
         elif taken is Untaken.BUSY:
             # Another process uploads it now, or looks whether a dead one left it half written.
             self._put_off(name, failed=False)
+        elif taken is Untaken.FORBIDDEN:
+            self._warn("journal forbidden", "the journal has chunks of another user, who is to upload them")
+            self._leave(name)
         else:
             try:
                 await self._upload(taken)
@@ -227,41 +243,57 @@ class Backlog:
         """A file is not there any more: another process has uploaded it, or somebody has removed it."""
         chunk = self._known.get(name)
         if chunk is None or chunk.ended.done():
-            self._known.pop(name, None)
+            self._leave(name)
             return
         async with asyncio.timeout(self._limits.timeout_s):
             held = await self._uploader.holds(chunk.key, self._form.shard, self._form.header_bytes)
         if not held:
             self._warn("journal lost", "a chunk was removed from the journal before it was uploaded")
-        self._end(name, SaveOutcome.PRESENT if held else SaveOutcome.FAILED)
+        self._leave(name, SaveOutcome.PRESENT if held else SaveOutcome.FAILED)
 
     async def _upload(self, taken: Pending) -> None:
         reach(Failpoint.PENDING_TAKEN)
         if taken.object_bytes > self._limits.object_bytes_max:
-            self._known.pop(taken.name, None)
+            self._leave(taken.name)
             return
-        async with self._memory(taken.object_bytes) as data:
-            await self._journal.read(taken, data)
-            reach(Failpoint.PENDING_READ)
+        async with contextlib.AsyncExitStack() as holding:
             try:
-                header = await self._loop.work(verified_header, taken.name, data)
+                header, data = await self._whole(taken, holding)
             except MissError as miss:
                 await self._refuse(taken, miss)
                 return
             reach(Failpoint.PENDING_VERIFIED)
-            outcome = await self._put(taken.name, header, data)
-        self._pause_s = self._limits.pause_min_s
-        await self._journal.remove(taken)
+            document = await self._journal.namespace_document(taken.name.namespace_name)
+            # Last: nothing that waits for a disk has one of the places that uploads from memory need.
+            async with self._places:
+                outcome = await self._put(taken.name, document, header, data)
+        if await self._journal.remove(taken):
+            self._stored.discard(taken.name)
+        else:
+            self._stored.add(taken.name)
         reach(Failpoint.SETTLED)
-        self._end(taken.name, outcome)
+        self._leave(taken.name, outcome)
 
-    async def _put(self, name: PendingName, header: ChunkHeader, data: memoryview) -> SaveOutcome:
+    async def _whole(
+        self, taken: Pending, holding: contextlib.AsyncExitStack
+    ) -> tuple[ChunkHeader, memoryview]:
+        """Header and bytes of a chunk that was verified, valid as long as `holding`. Raises MissError."""
+        await self._journal.check_length(taken)
+        data = await holding.enter_async_context(self._memory(taken.object_bytes))
+        await self._journal.read(taken, data)
+        reach(Failpoint.PENDING_READ)
+        return await self._loop.work(verified_header, taken.name, data), data
+
+    async def _put(
+        self, name: PendingName, document: bytes, header: ChunkHeader, data: memoryview
+    ) -> SaveOutcome:
         key = ChunkKey(header.namespace_digest, header.hash, header.parent, header.depth)
         async with asyncio.timeout(self._limits.timeout_s):
-            document = await self._journal.namespace_document(name.namespace_name)
             if document:
                 await self._uploader.describe(name.namespace_name, document)
-            return await self._uploader.put(key, header.shard, [data], header.extents[0].start)
+            return await self._uploader.put(
+                key, header.shard, [data], header.extents[0].start, seen=name in self._stored
+            )
 
     @contextlib.asynccontextmanager
     async def _memory(self, length: int) -> AsyncIterator[memoryview]:
@@ -278,27 +310,39 @@ class Backlog:
     async def _refuse(self, taken: Pending, miss: MissError) -> None:
         if miss.reason is MissReason.BAD_VERSION:
             # Of a newer version, which will upload it.
-            self._known.pop(taken.name, None)
+            self._leave(taken.name)
             return
         self._warn(
             "damaged journal",
             f"chunk {taken.name.file_name[:12]} in the journal is damaged and goes to quarantine/: it {miss}",
         )
         await self._journal.set_aside(taken)
-        self._end(taken.name, SaveOutcome.FAILED)
+        self._leave(taken.name, SaveOutcome.FAILED)
 
     def _put_off(self, name: PendingName, *, failed: bool) -> None:
-        self._failed |= failed
-        if not self._later:
-            self._retry_at_s = time.monotonic() + self._pause_s
-        self._later.append(name)
+        doublings = min(self._failures.get(name, 0), _DOUBLINGS_MAX)
+        if failed:
+            self._failures[name] = doublings + 1
+        pause_s = min(self._limits.pause_min_s * 2**doublings, self._limits.pause_max_s)
+        heapq.heappush(self._later, (time.monotonic() + pause_s, name))
 
-    def _end(self, name: PendingName, outcome: SaveOutcome) -> None:
+    def _leave(self, name: PendingName, outcome: SaveOutcome | None = None) -> None:
+        """Have no more to do with a chunk. None: it stays in the journal, for another process."""
+        self._failures.pop(name, None)
         chunk = self._known.pop(name, None)
-        if chunk is not None:
+        if chunk is None:
+            return
+        if outcome is None:
+            chunk.give_up()
+        else:
             chunk.end(outcome)
 
     async def _tell(self) -> None:
         self._wake.set()
         async with self._changed:
             self._changed.notify_all()
+
+
+def _being_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

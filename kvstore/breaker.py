@@ -110,9 +110,9 @@ class Breaker:
             await asyncio.wait([self._probing], timeout=timeout_s)
 
     def _begin_probing(self) -> None:
-        self._switched(off=True)
         if not self._closed:
             self._probing = asyncio.ensure_future(self._probe_until_on())
+        self._switched(off=True)
 
     async def _probe_until_on(self) -> None:
         self._defect_said = False
@@ -145,7 +145,7 @@ class Breaker:
         except Exception as error:
             self._note_defect(error)
             return False
-        self._circuit.probed()
+        self._circuit.probed(asyncio.get_running_loop().time())
         return True
 
     def _note_defect(self, error: BaseException) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import time
 from collections.abc import Sequence
 
 from kvstore.arena import Arena, Slot
@@ -28,8 +27,11 @@ class ChunkWriter:
         # Encoded sections are written here; raw ones are sent from the slot itself.
         self.buffers = Arena(form.raw_bytes, buffers)
 
-    def seal(self, key: ChunkKey, slot: Slot, buffer: Slot) -> Sequence[Buffer]:
-        """The object's bytes as parts to be sent: views of `slot` and `buffer`, valid as they are."""
+    def seal(self, key: ChunkKey, slot: Slot, buffer: Slot, created_s: int) -> Sequence[Buffer]:
+        """The object's bytes as parts to be sent: views of `slot` and `buffer`, valid as they are.
+
+        The same each time, for one chunk of one time, so that a lost answer is told from another writer's.
+        """
         host = slot.memory[self._form.header_bytes : self._form.raw_bytes]
         sections: list[SectionEntry] = []
         parts: list[Buffer] = []
@@ -43,7 +45,7 @@ class ChunkWriter:
                 sections.append(section)
                 offset += len(extent)
             parts = [buffer.memory[:offset]]
-        return [encode_header(self._header(key, sections)), *parts]
+        return [encode_header(self._header(key, sections, created_s)), *parts]
 
     def _extent(self, host: memoryview, layer: int) -> memoryview:
         return host[layer * self._form.stride : (layer + 1) * self._form.stride]
@@ -63,7 +65,7 @@ class ChunkWriter:
         stored[stored_bytes:] = bytes(len(stored) - stored_bytes)
         return SectionEntry(stored_bytes, length, AS_IS + 1, checksum(stored)), stored
 
-    def _header(self, key: ChunkKey, sections: Sequence[SectionEntry]) -> ChunkHeader:
+    def _header(self, key: ChunkKey, sections: Sequence[SectionEntry], created_s: int) -> ChunkHeader:
         return ChunkHeader(
             hash=key.hash,
             parent=key.parent,
@@ -74,6 +76,6 @@ class ChunkWriter:
             align=self._form.align,
             codecs=() if self._codec is None else (self._codec.name,),
             writer=self._writer,
-            created_s=int(time.time()),
+            created_s=created_s,
             sections=tuple(sections),
         )

@@ -64,7 +64,8 @@ class Circuit:
         self._pause_s = min(self._pause_max_s, 2 * pause_s)
         return pause_s
 
-    def probed(self) -> None:
-        """A probe succeeded."""
+    def probed(self, now_s: float = 0.0) -> None:
+        """A probe succeeded: what was begun before and fails later proves nothing any more."""
         self.off = False
         self._failures = 0
+        self._succeeded_s = now_s

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
@@ -168,6 +169,7 @@ class SavedChunk:
     ended      how it ended: STORED, PRESENT or FAILED; JOURNALED when the store was closed before
     pending    its file in the journal, in the hands of whoever uploads it from memory
     uploading  whether somebody does
+    created_s  seconds since 1970, as in its header
     """
 
     def __init__(self, key: ChunkKey) -> None:
@@ -175,7 +177,8 @@ class SavedChunk:
         self.kept: Future[SaveOutcome] = Future()
         self.ended: Future[SaveOutcome] = Future()
         self.pending: Pending | None = None
-        self.uploading = True
+        self.uploading = False
+        self.created_s = int(time.time())
         self.journaling = asyncio.Lock()
         self._journaled = False
 

@@ -197,7 +197,13 @@ class KVStore:
                 return FlushReport(0, 0)
             self._closed = True
             self._parts.writes.refuse()
-            report = self._last_flush(self._settings.close_timeout_s)
+            until_s = time.monotonic() + self._settings.close_timeout_s
+            try:
+                report = self._last_flush(self._settings.close_timeout_s)
+                self._parts.writes.wait_idle(until_s - time.monotonic())
+            finally:
+                # Also when somebody loses patience with it.
+                self._end()
             if report.chunks_left:
                 _log.warning(
                     "closed with %d chunks (%d bytes) not stored: %d in the journal, from where the next "
@@ -207,15 +213,6 @@ class KVStore:
                     report.chunks_journaled,
                     report.chunks_left - report.chunks_journaled,
                 )
-            ended = True
-            try:
-                ended = self._loop.close(self._parts.disconnect(), ENGINE_TIMEOUT_S)
-            finally:
-                self._parts.memory.clear()
-                if ended:
-                    self._prefault.end()
-            if not ended:
-                _log.warning("an engine's sink has not returned; closed without its thread and memory")
             return report
 
     def __enter__(self) -> Self:
@@ -229,10 +226,25 @@ class KVStore:
     ) -> None:
         self.close()
 
+    def _end(self) -> None:
+        ended = True
+        try:
+            ended = self._loop.close(self._parts.disconnect(), ENGINE_TIMEOUT_S)
+        finally:
+            self._parts.memory.clear()
+            if ended:
+                self._prefault.end()
+        if not ended:
+            _log.warning(
+                "something at work, most likely an engine's sink, has not returned within %g s; "
+                "closed without its thread and memory",
+                ENGINE_TIMEOUT_S,
+            )
+
     def _last_flush(self, timeout_s: float) -> FlushReport:
         flush = self._parts.writes.flush
         if self._parts.breaker.off:
-            # The backend will hardly take them in time: waiting for more than the journal is of no use.
+            # What the journal has is safe, and the backend will hardly take it in time: wait for the rest.
             self._loop.run(flush(Durability.JOURNALED, timeout_s))
             timeout_s = 0.0
         return self._loop.run(flush(Durability.REMOTE, timeout_s))

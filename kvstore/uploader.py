@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
-from kvstore.backends.contract import ABSENT, Buffer, PutResult, PutStatus
+from kvstore.backends.contract import ABSENT, Buffer, PutStatus
 from kvstore.backends.guarded import GuardedBackend
 from kvstore.chunk import decode_header
-from kvstore.errors import MissError, MissReason
+from kvstore.errors import MissError, MissReason, RetryableError
 from kvstore.failpoints import Failpoint, reach
 from kvstore.handles import SaveOutcome
 from kvstore.keys import ChunkKey, namespace_document_name, object_name
@@ -45,6 +46,7 @@ class Uploader:
         self._on_retry = on_retry
         self._described_until_s: dict[str, float] = {}
         self._describing = asyncio.Lock()
+        self._putting: dict[str, asyncio.Future[None]] = {}
 
     @property
     def off(self) -> bool:
@@ -67,47 +69,78 @@ class Uploader:
                 reach(Failpoint.DESCRIBED)
 
     async def put(
-        self, key: ChunkKey, shard: Shard, parts: Sequence[Buffer], header_bytes: int
+        self,
+        key: ChunkKey,
+        shard: Shard,
+        parts: Sequence[Buffer],
+        header_bytes: int,
+        *,
+        seen: bool = False,
     ) -> SaveOutcome:
         """Store a chunk's object, whose header of so many bytes `parts[0]` begins with.
 
         STORED, also where an earlier answer was lost, by this request or by a process that died; or
         PRESENT, when another writer was first. What is there and has no header of this chunk is replaced.
+
+        seen  it is known to be there: it is sent only if it is not
         """
         name = object_name(self._prefix, key, shard)
+        # Headers name their writer, and have every section's checksum.
+        header = memoryview(parts[0])[:header_bytes]
 
-        async def put() -> PutResult:
+        async def put() -> SaveOutcome:
             reach(Failpoint.BEFORE_PUT)
             # An object seen to be damaged is the one thing that is ever replaced.
             if_absent = not self._presence.is_damaged(key)
             result = await self._backend.put(name, parts, if_absent=if_absent)
             reach(Failpoint.AFTER_PUT)
-            return result
+            if result.status is PutStatus.CREATED:
+                return SaveOutcome.STORED
+            outcome = await self._there(key, shard, header)
+            if outcome is None:
+                raise RetryableError(f"{name} is there already, but not to be read, or it is damaged")
+            return outcome
 
-        outcome = SaveOutcome.STORED
-        while (await self._made(put)).status is PutStatus.EXISTS:
-            try:
-                found = await self._header(key, shard, header_bytes)
-            except MissError as miss:
-                if miss.reason not in DAMAGE:
-                    return SaveOutcome.PRESENT
-                self._presence.note_miss(key, miss.reason)
-                continue
-            # One that was removed meanwhile can be put.
-            if found is not None:
-                # Headers name their writer, and have every section's checksum.
-                ours = found == memoryview(parts[0])[:header_bytes]
-                outcome = SaveOutcome.STORED if ours else SaveOutcome.PRESENT
-                break
-        self._presence.note_stored(key)
+        async with self._turn(name):
+            outcome = None
+            if seen or self._presence.get(key):
+                outcome = await self._there(key, shard, header)
+            if outcome is None:
+                outcome = await self._made(put)
+            self._presence.note_stored(key)
         return outcome
 
     async def holds(self, key: ChunkKey, shard: Shard, header_bytes: int) -> bool:
         """Whether there is an object that begins with a chunk's header, which has so many bytes."""
         try:
             return await self._header(key, shard, header_bytes) is not None
-        except MissError:
-            return False
+        except MissError as miss:
+            return miss.reason not in DAMAGE
+
+    @contextlib.asynccontextmanager
+    async def _turn(self, name: str) -> AsyncIterator[None]:
+        """One upload of a name at a time: the next one finds it there."""
+        while name in self._putting:
+            await asyncio.wait([self._putting[name]])
+        done = self._putting[name] = asyncio.get_running_loop().create_future()
+        try:
+            yield
+        finally:
+            del self._putting[name]
+            done.set_result(None)
+
+    async def _there(self, key: ChunkKey, shard: Shard, header: memoryview) -> SaveOutcome | None:
+        """Whose object is there: STORED, with this header; PRESENT, another one; None, none, or damage."""
+        try:
+            found = await self._header(key, shard, len(header))
+        except MissError as miss:
+            if miss.reason not in DAMAGE:
+                return SaveOutcome.PRESENT
+            self._presence.note_miss(key, miss.reason)
+            return None
+        if found is None:
+            return None
+        return SaveOutcome.STORED if found == header else SaveOutcome.PRESENT
 
     async def _header(self, key: ChunkKey, shard: Shard, header_bytes: int) -> memoryview | None:
         """How the chunk's object begins; None where there is none. MissError: not with its header."""

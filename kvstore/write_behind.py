@@ -6,7 +6,7 @@ A chunk that was journaled and finds no free place for its upload leaves memory:
 it from disk. What is not journaled waits in memory, and is lost when its upload fails.
 
 Of a chunk's file in the journal, `SavedChunk.pending`, exactly one is in charge: the upload from
-memory while there is one (`uploading`), then the backlog.
+memory while one is under way (`uploading`), else the backlog.
 """
 
 from __future__ import annotations
@@ -165,6 +165,11 @@ class WriteBehind:
         done.add_done_callback(partial(self._left_memory, chunk, slot))
         return chunk
 
+    def wait_idle(self, timeout_s: float) -> None:
+        """Wait until nothing that was saved is at work any more, on copies for the disk tier at last."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._queued, timeout_s)
+
     def refuse(self) -> None:
         """Take no more, so that a flush after this one leaves nothing uncounted."""
         with self._changed:
@@ -179,7 +184,7 @@ class WriteBehind:
             return FlushReport(0, 0)
         backlog = self._disk.backlog if self._disk is not None and until is Durability.REMOTE else None
         with self._changed:
-            chunks = list(self._under_way.values())
+            chunks = [chunk for chunk in self._under_way.values() if not _is_so_far(chunk, until)]
         waits = [asyncio.ensure_future(_come_so_far(chunk, until)) for chunk in chunks]
         if backlog is not None:
             backlog.hurry()
@@ -241,9 +246,8 @@ class WriteBehind:
         self._metrics.saved_chunks.labels(chunk.outcome.value).inc()
 
     async def _save(self, namespace: Namespace, chunk: SavedChunk, slot: Slot, *, journal: bool) -> None:
-        outcome: SaveOutcome | None = SaveOutcome.FAILED
         try:
-            outcome = await self._store(namespace, chunk, slot, journal=journal)
+            await self._store(namespace, chunk, slot, journal=journal)
         except TimeoutError:
             self._failed(chunk, f"was not stored within {self._limits.timeout_s:g} s")
         except KVStoreError as error:
@@ -252,82 +256,93 @@ class WriteBehind:
             _log.exception("chunk %s could not be stored because of a defect", chunk.key)
         finally:
             chunk.uploading = False
-            if outcome in (SaveOutcome.STORED, SaveOutcome.PRESENT):
-                await self._settle(chunk)
-            elif chunk.journaled:
-                outcome = None
+            if not chunk.journaled:
+                chunk.end(SaveOutcome.FAILED)
+            elif not chunk.ended.done():
                 await self._hand_over(chunk)
-        if outcome is not None:
-            chunk.end(outcome)
 
     def _failed(self, chunk: SavedChunk, why: str) -> None:
         left = "stays in the journal" if chunk.journaled else "is dropped"
         self._warn(BACKEND_TROUBLE, f"chunk {chunk.key} {why}, and {left}")
 
-    async def _store(
-        self, namespace: Namespace, chunk: SavedChunk, slot: Slot, *, journal: bool
-    ) -> SaveOutcome | None:
-        """Bring a chunk into the bucket. None: it is in the journal, and the backlog shall do the rest."""
+    async def _store(self, namespace: Namespace, chunk: SavedChunk, slot: Slot, *, journal: bool) -> None:
+        """Bring a chunk into the bucket, or into the journal, whose backlog does the rest."""
         try:
-            return await self._store_in_time(namespace, chunk, slot, journal=journal)
+            await self._store_in_time(namespace, chunk, slot, journal=journal)
         except TimeoutError:
-            if not self._limits.spill:
+            if chunk.journaled or not self._limits.spill:
                 raise
-            await self._journal_now(namespace, chunk, slot)
+            async with contextlib.AsyncExitStack() as sealing:
+                await self._journal_now(namespace, chunk, slot, sealing)
             if not chunk.journaled:
                 raise
-            return None
 
     async def _store_in_time(
         self, namespace: Namespace, chunk: SavedChunk, slot: Slot, *, journal: bool
-    ) -> SaveOutcome | None:
+    ) -> None:
         patience = Patience(self._limits.timeout_s)
-        while True:
+        while not _is_so_far(chunk, Durability.JOURNALED):
             if journal or self._crowded:
                 journal = False
-                async with contextlib.AsyncExitStack() as held:
-                    parts = await self._journal_now(namespace, chunk, slot, held)
-                    if chunk.journaled:
-                        if chunk.pending is None or self._held_up:
-                            return None
-                        async with self._places:
-                            return await self._upload(namespace, chunk, parts, patience)
+                await self._journal_first(namespace, chunk, slot, patience)
+            if chunk.journaled:
+                return
             async with patience.spent():
                 await self._uploader.wait_on()
-            try:
-                async with self._places, self._sealed(chunk.key, slot) as parts:
-                    return await self._upload(namespace, chunk, parts, patience)
-            except CircuitOpenError:
-                # Others had better have its place; all wait together until the backend is on again.
-                continue
+            # Others had better have its place while the backend is off; all wait together until it is on.
+            with contextlib.suppress(CircuitOpenError):
+                await self._upload(namespace, chunk, slot, patience)
+
+    async def _upload(self, namespace: Namespace, chunk: SavedChunk, slot: Slot, patience: Patience) -> None:
+        """Bring a chunk into the bucket when there is a place for it, and then into the disk tier."""
+        async with contextlib.AsyncExitStack() as sealing:
+            async with self._places:
+                if chunk.journaled:
+                    # Meanwhile, for somebody else: the backlog has it.
+                    return
+                parts = await sealing.enter_async_context(self._sealed(chunk, slot))
+                await self._put(namespace, chunk, parts, patience)
+            if not chunk.journaled:
+                await self._keep_on_disk(chunk.key, parts)
+
+    async def _journal_first(
+        self, namespace: Namespace, chunk: SavedChunk, slot: Slot, patience: Patience
+    ) -> None:
+        """Journal a chunk, and bring it into the bucket too where that can begin at once."""
+        async with contextlib.AsyncExitStack() as sealing:
+            parts = await self._journal_now(namespace, chunk, slot, sealing)
+            if chunk.pending is not None and not self._held_up:
+                async with self._places:
+                    await self._put(namespace, chunk, parts, patience)
 
     async def _journal_too(self, namespace: Namespace, chunk: SavedChunk, slot: Slot) -> None:
-        """Journal a chunk whose upload was begun for somebody who did not ask for that."""
+        """Journal a chunk that is on its way for somebody who did not ask for that."""
         try:
-            await self._journal_now(namespace, chunk, slot)
+            async with contextlib.AsyncExitStack() as sealing:
+                await self._journal_now(namespace, chunk, slot, sealing)
         finally:
             if chunk.pending is not None and not chunk.uploading:
                 await self._hand_over(chunk)
 
     async def _journal_now(
-        self,
-        namespace: Namespace,
-        chunk: SavedChunk,
-        slot: Slot,
-        held: contextlib.AsyncExitStack | None = None,
+        self, namespace: Namespace, chunk: SavedChunk, slot: Slot, sealing: contextlib.AsyncExitStack
     ) -> Sequence[Buffer]:
-        """Journal a chunk, if it can be. The object that is returned is valid as long as `held` is."""
-        async with contextlib.AsyncExitStack() as own, self._journal_places:
-            parts = await (held or own).enter_async_context(self._sealed(chunk.key, slot))
+        """Journal a chunk, if it can be. Its object, empty if it cannot, is valid as long as `sealing`."""
+        assert self._disk is not None
+        async with self._journal_places:
+            if not await self._disk.journal.takes(self._form.raw_bytes):
+                chunk.note_unjournaled()
+                return ()
+            parts = await sealing.enter_async_context(self._sealed(chunk, slot))
             await self._journal(namespace, chunk, parts)
             return parts
 
     @contextlib.asynccontextmanager
-    async def _sealed(self, key: ChunkKey, slot: Slot) -> AsyncIterator[Sequence[Buffer]]:
+    async def _sealed(self, chunk: SavedChunk, slot: Slot) -> AsyncIterator[Sequence[Buffer]]:
         """A chunk's object: views of its slot, or of a buffer that is held meanwhile."""
         buffer = await self._writer.buffers.acquire()
         try:
-            parts = await self._loop.work(self._writer.seal, key, slot, buffer)
+            parts = await self._loop.work(self._writer.seal, chunk.key, slot, buffer, chunk.created_s)
             reach(Failpoint.SEALED)
             yield parts
         finally:
@@ -353,7 +368,7 @@ class WriteBehind:
                 reach(Failpoint.DISK_ADOPTED)
 
     async def _hand_over(self, chunk: SavedChunk) -> None:
-        """Leave a journaled chunk to the backlog, which takes it from disk."""
+        """Leave a journaled chunk to the backlog, which takes it from disk. Again does no harm."""
         assert self._disk is not None
         pending, chunk.pending = chunk.pending, None
         if pending is not None:
@@ -361,16 +376,17 @@ class WriteBehind:
         self._disk.backlog.add(chunk)
         reach(Failpoint.HANDED_OVER)
 
-    async def _upload(
+    async def _put(
         self, namespace: Namespace, chunk: SavedChunk, parts: Sequence[Buffer], patience: Patience
-    ) -> SaveOutcome:
+    ) -> None:
+        """Bring a sealed chunk into the bucket, with a place in hand; then it has ended."""
+        chunk.uploading = True
         async with patience.spent():
             await self._uploader.describe(namespace.name, namespace.document())
             outcome = await self._uploader.put(chunk.key, self._form.shard, parts, self._form.header_bytes)
-        if not chunk.journaled:
-            await self._keep_on_disk(chunk.key, parts)
+        await self._settle(chunk)
+        chunk.end(outcome)
         reach(Failpoint.STORED)
-        return outcome
 
     async def _settle(self, chunk: SavedChunk) -> None:
         """A chunk is in the bucket: if it was journaled it is pending no more."""
@@ -379,9 +395,8 @@ class WriteBehind:
             return
         assert self._disk is not None
         try:
-            # One that cannot be removed is uploaded once more, by whoever finds it.
-            with contextlib.suppress(OSError):
-                await self._disk.journal.remove(pending)
+            # One that cannot be removed is found there once more, by whoever looks.
+            await self._disk.journal.remove(pending)
         finally:
             await self._disk.journal.close(pending)
         reach(Failpoint.SETTLED)
@@ -396,6 +411,10 @@ class WriteBehind:
                 reach(Failpoint.DISK_FILLED)
         finally:
             fill.abandon()
+
+
+def _is_so_far(chunk: SavedChunk, until: Durability) -> bool:
+    return chunk.ended.done() or (until is Durability.JOURNALED and chunk.journaled)
 
 
 async def _come_so_far(chunk: SavedChunk, until: Durability) -> None:

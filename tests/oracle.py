@@ -81,4 +81,4 @@ def sealed(key: ChunkKey, writer: str) -> bytes:
     for layer in range(FORM.layers):
         host += content(key, layer, writer) + FORM.padding
     slot.memory[FORM.header_bytes : FORM.raw_bytes] = host
-    return b"".join(ChunkWriter(FORM, None, 1).seal(key, slot, slot))
+    return b"".join(ChunkWriter(FORM, None, 1).seal(key, slot, slot, created_s=1))

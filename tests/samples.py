@@ -375,6 +375,7 @@ def settle(store: KVStore) -> None:
 
 def assert_no_slot_lost(store: KVStore) -> None:
     """Nobody holds a slot any more, but for the memory tier."""
+    store._parts.writes.wait_idle(PATIENCE_S)
     settle(store)
     fetcher = store._parts.reads.flights._tiers.fetcher
     for arena in (fetcher.scratch, fetcher.transit, store._parts.writes._writer.buffers):

@@ -87,7 +87,7 @@ class DiskFolder:
         self.root = root.absolute()
         self._data = self.root / FORMAT_FOLDER
         self._unfinished = self.root / UNFINISHED_FOLDER
-        self._made = False
+        self._mount_point: Path | None = None
         self._direct = False
 
     @property
@@ -106,9 +106,9 @@ class DiskFolder:
 
         The first time the folder is made. Not later: where a mount is gone it would be another disk.
         """
-        if not self._made:
+        if self._mount_point is None:
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._made = True
+            self._mount_point = _mount_point(self.root)
         block = memoryview(bytes(disk_io.BLOCK_BYTES))
         self._direct = True
         try:
@@ -167,6 +167,8 @@ class DiskFolder:
 
     def create(self, ended: Callable[[], None]) -> NewFile:
         """Begin a file. `ended` is called, in any thread, when only what was published of it is left."""
+        if self._mount_point is not None and not self._mount_point.is_mount():
+            raise FileNotFoundError(errno.ENOENT, "no disk is mounted here any more", str(self._mount_point))
         self.make_folder(self._unfinished)
         for _ in range(_CREATE_ATTEMPTS):
             path = self._unfinished / uuid.uuid4().hex
@@ -301,6 +303,10 @@ class DiskFolder:
         if not self._direct:
             return None
         return os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_DIRECT)
+
+
+def _mount_point(folder: Path) -> Path:
+    return next(parent for parent in (folder, *folder.parents) if parent.is_mount())
 
 
 def is_absence(error: OSError) -> bool:

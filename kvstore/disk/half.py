@@ -72,6 +72,10 @@ class DiskHalf:
         """Whether nothing should be tried now. Any thread may ask."""
         return self._breaker.off
 
+    async def wait_on(self) -> None:
+        """Return as soon as it is on."""
+        await self._breaker.wait_on()
+
     async def run(self, work: Callable[[Caller], T]) -> T:
         """The result of `work`. Raises OSError, counted already, as `work` does or for its time limit."""
         try:

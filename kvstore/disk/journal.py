@@ -16,13 +16,13 @@ from kvstore.disk.file import likely_cost_bytes
 from kvstore.disk.half import DiskHalf
 from kvstore.disk.journal_folder import JournalFolder, JournalLook, Move
 from kvstore.disk.pending import Pending, PendingName, Untaken
-from kvstore.errors import RetryableError
+from kvstore.errors import KVStoreError, RetryableError
 
 Opened = TypeVar("Opened", bound=Pending | Untaken | None)
 # Bytes of a chunk that are read within one time limit of the disk's.
 _READ_BYTES = 8 << 20
 # Nobody waits longer for a file to be closed.
-_CLOSE_S = 5.0
+_CLOSE_S = 1.0
 
 
 class Journal:
@@ -66,6 +66,18 @@ class Journal:
         """What pending chunks take, about. Any thread may ask."""
         return self._pending_bytes
 
+    async def takes(self, object_bytes: int) -> bool:
+        """Whether it could take a chunk now; False was counted."""
+        await self._tried.wait()
+        drop = None
+        if self._writes.off:
+            drop = JournalDrop.DEGRADED
+        elif self._pending_bytes + self._writing_bytes + likely_cost_bytes(object_bytes) > self._bytes_max:
+            drop = JournalDrop.FULL
+        if drop is not None:
+            self._events.journal_dropped(drop)
+        return drop is None
+
     async def write(
         self, name: PendingName, namespace_document: bytes, parts: Sequence[Buffer]
     ) -> Pending | Untaken | None:
@@ -75,14 +87,10 @@ class Journal:
         is whole in the journal already, in another's hands. None: it is not safe; that was counted.
         """
         views = byte_views(parts)
-        cost_bytes = likely_cost_bytes(sum(len(view) for view in views))
-        await self._tried.wait()
-        if self._writes.off:
-            self._events.journal_dropped(JournalDrop.DEGRADED)
+        object_bytes = sum(len(view) for view in views)
+        if not await self.takes(object_bytes):
             return None
-        if self._pending_bytes + self._writing_bytes + cost_bytes > self._bytes_max:
-            self._events.journal_dropped(JournalDrop.FULL)
-            return None
+        cost_bytes = likely_cost_bytes(object_bytes)
 
         def write(caller: Caller) -> Pending | None:
             try:
@@ -109,6 +117,14 @@ class Journal:
         """Take a pending chunk for upload; to be closed in any case. Raises OSError."""
         return await _kept(self._reads, lambda _: self._folder.take(name))
 
+    async def wait_readable(self) -> None:
+        """Return as soon as the disk is not known to be unreadable."""
+        await self._reads.wait_on()
+
+    async def check_length(self, pending: Pending) -> None:
+        """Raise MissError unless a chunk that was taken is as long as its header says. Raises OSError."""
+        await self._reads.run(partial(self._folder.check_length, pending))
+
     async def read(self, pending: Pending, out: memoryview) -> None:
         """Fill `out`, as long as the object, with the bytes of a chunk that was taken, unverified.
 
@@ -121,21 +137,21 @@ class Journal:
 
     async def namespace_document(self, namespace_name: str) -> bytes:
         """What the namespace is, as it is to stand in the bucket; empty if unknown. Raises OSError."""
-        document = await self._reads.run(lambda _: self._folder.namespace_document(namespace_name))
-        if document is None:
-            self._events.set_aside(1)
-        return document or b""
+        return await self._reads.run(lambda _: self._folder.namespace_document(namespace_name))
 
-    async def remove(self, pending: Pending) -> None:
-        """The chunk is in the bucket: forget it. Raises OSError; then it will be uploaded once more."""
-        await self._writes.run(lambda _: self._folder.remove(pending))
+    async def remove(self, pending: Pending) -> bool:
+        """The chunk is in the bucket: forget it. False: its file cannot be removed now."""
+        try:
+            await self._writes.run(lambda _: self._folder.remove(pending))
+        except (OSError, KVStoreError):
+            return False
         self._forget(pending)
+        return True
 
     async def set_aside(self, pending: Pending) -> None:
         """The chunk is damaged: keep its file out of the way, if it can be moved. Raises OSError."""
         if await self._writes.run(lambda _: self._folder.set_aside(pending)) is Move.DONE:
             self._forget(pending)
-            self._events.set_aside(1)
 
     async def close(self, pending: Pending) -> None:
         """Give a chunk up: unless it was removed, somebody may take it. To be called once."""
@@ -149,8 +165,6 @@ class Journal:
             self._reads.failed(error)
             raise
         self._pending_bytes = look.bytes_
-        if look.set_aside:
-            self._events.set_aside(look.set_aside)
         return look
 
     def _forget(self, pending: Pending) -> None:

@@ -18,13 +18,14 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
 from kvstore.backends.blocking import Caller
 from kvstore.backends.object_files import entries, status
+from kvstore.chunk import HEADER_REGION_BYTES_MAX, decode_header
 from kvstore.disk import io as disk_io
 from kvstore.disk.file import NewFile
 from kvstore.disk.folder import DiskFolder, is_absence, sync_folder
@@ -33,10 +34,11 @@ from kvstore.disk.pending import (
     Pending,
     PendingName,
     Untaken,
+    check_length,
     unlock_and_close,
     verified_header,
 )
-from kvstore.errors import MissError, RetryableError
+from kvstore.errors import MissError, MissReason, RetryableError
 from kvstore.failpoints import Failpoint, reach
 from kvstore.keys import parse_object_name
 from kvstore.namespace import Namespace
@@ -47,12 +49,11 @@ _DESTINATION_DOCUMENT = "destination.json"
 _NAMESPACE_DOCUMENT = "namespace.json"
 _FOLDER_NAME = re.compile(r"[0-9a-f]{16}\Z")
 _NAMESPACE_DOCUMENT_BYTES_MAX = 1 << 16
-_QUARANTINE_NAME_MAX = 160
+_QUARANTINE_NAME_BYTES_MAX = 160
+_READING = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 # How long a write waits for whoever looks at a file of its name, and between two tries.
 _BUSY_S = 2.0
 _BUSY_STEP_S = 0.02
-# Another process may encode a chunk less well.
-_LARGER_MAX = 4
 
 
 class Move(Enum):
@@ -71,7 +72,7 @@ class JournalLook:
     bytes_     of all pending chunks, those for other destinations included
     elsewhere  how many of them are for other destinations
     set_aside  how many files and folders did not belong there and are in quarantine/ now
-    stuck      how many could not be moved there
+    stuck      how many could not be moved there, or are folders that may not be read
     """
 
     names: list[PendingName] = field(default_factory=list)
@@ -87,10 +88,18 @@ class JournalLook:
 
 
 class JournalFolder:
-    """Thread-safe. Makes no I/O until asked."""
+    """Thread-safe. Makes no I/O until asked.
 
-    def __init__(self, folder: DiskFolder, destination: Destination) -> None:
+    object_bytes_max  of chunks that are written here, however they are encoded
+    moved             called for each file or folder that was set aside, in any thread
+    """
+
+    def __init__(
+        self, folder: DiskFolder, destination: Destination, object_bytes_max: int, moved: Callable[[], None]
+    ) -> None:
         self._folder = folder
+        self._object_bytes_max = object_bytes_max
+        self._moved = moved
         self._destination = destination
         self._pending = folder.root / PENDING_FOLDER
         self._own = self._pending / destination.name
@@ -107,7 +116,7 @@ class JournalFolder:
         """Write a chunk so that it survives a power cut.
 
         None: it is whole in the journal already, in the hands of a living process. RetryableError:
-        somebody has a file of its name in hand that is not whole.
+        there is a file of its name that is not whole, or cannot be judged, and cannot be moved.
         """
         file = self._folder.create(lambda: None)
         try:
@@ -116,7 +125,7 @@ class JournalFolder:
                 file.write(0, parts, caller)
                 reach(Failpoint.JOURNAL_WRITTEN)
                 object_bytes = sum(len(part) for part in parts)
-                linked = self._named(file, name, namespace_document, object_bytes, caller)
+                linked = self._named(file, name, namespace_document, caller)
         except BaseException:
             file.close()
             raise
@@ -129,7 +138,9 @@ class JournalFolder:
         """Lock a pending chunk for upload."""
         path = self._path(name)
         try:
-            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            file = os.open(path, _READING)
+        except PermissionError:
+            return Untaken.FORBIDDEN
         except OSError as error:
             if is_absence(error):
                 return Untaken.GONE
@@ -138,27 +149,34 @@ class JournalFolder:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             found = os.fstat(file)
             # Whoever held the lock before may have uploaded it and removed its name.
-            if not _is_at(path, found):
-                unlock_and_close(file)
-                return Untaken.GONE
+            gone = not _is_at(path, found)
         except BlockingIOError:
             os.close(file)
             return Untaken.BUSY
         except BaseException:
             os.close(file)
             raise
+        if gone:
+            unlock_and_close(file)
+            return Untaken.GONE
         return Pending(name, file, found.st_size)
+
+    def check_length(self, pending: Pending, caller: Caller) -> None:
+        """Raise MissError unless a chunk that was taken has a header, and the length that it says."""
+        head = memoryview(bytearray(min(HEADER_REGION_BYTES_MAX, pending.object_bytes)))
+        self.read(pending, 0, head, caller)
+        check_length(decode_header(head), pending.object_bytes)
 
     def read(self, pending: Pending, offset: int, out: memoryview, caller: Caller) -> None:
         """Fill `out` with the bytes from `offset` of a chunk that was taken. Believes nothing of them."""
         assert isinstance(pending.file, int)
         disk_io.fill(pending.file, offset, out, caller, direct=False)
 
-    def namespace_document(self, namespace_name: str) -> bytes | None:
-        """What the namespace is; empty if nobody wrote it down. None: it said another, and is set aside."""
+    def namespace_document(self, namespace_name: str) -> bytes:
+        """What the namespace is; empty if nobody wrote it down. One that is of another is set aside."""
         path = self._own / namespace_name / _NAMESPACE_DOCUMENT
         try:
-            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            file = os.open(path, _READING)
         except OSError as error:
             if is_absence(error):
                 return b""
@@ -172,7 +190,7 @@ class JournalFolder:
             return document
         self._set_aside(path)
         self._prepared.discard(namespace_name)
-        return None
+        return b""
 
     def remove(self, pending: Pending) -> None:
         """The chunk is in the bucket: it is pending no more."""
@@ -198,14 +216,23 @@ class JournalFolder:
         return look
 
     def _folders(self, folder: Path, look: JournalLook) -> Iterator[Path]:
-        for entry in entries(folder):
+        for entry in self._entries(folder, look):
             if _FOLDER_NAME.match(entry.name) and entry.is_dir(follow_symlinks=False):
                 yield Path(entry.path)
             elif folder == self._pending or entry.name != _DESTINATION_DOCUMENT:
                 look.note(self._set_aside(Path(entry.path)))
 
+    def _entries(self, folder: Path, look: JournalLook) -> Iterator[os.DirEntry[str]]:
+        try:
+            yield from entries(folder)
+        except PermissionError:
+            # Another user's. What lies elsewhere is to be found all the same.
+            if folder == self._pending:
+                raise
+            look.stuck += 1
+
     def _chunks(self, folder: Path, look: JournalLook, caller: Caller) -> Iterator[tuple[int, PendingName]]:
-        for entry in entries(folder):
+        for entry in self._entries(folder, look):
             caller.check()
             name = PendingName(folder.name, entry.name)
             if parse_object_name("", name.object_name) is None or not entry.is_file(follow_symlinks=False):
@@ -221,32 +248,27 @@ class JournalFolder:
     def _path(self, name: PendingName) -> Path:
         return self._own / name.namespace_name / name.file_name
 
-    def _named(
-        self, file: NewFile, name: PendingName, document: bytes, object_bytes: int, caller: Caller
-    ) -> bool:
+    def _named(self, file: NewFile, name: PendingName, document: bytes, caller: Caller) -> bool:
         """Give a file its name, in folders that are there. False: see `_link`."""
         try:
             self._prepare(name.namespace_name, document, caller)
-            return self._link(file, name, object_bytes, caller)
+            return self._link(file, name, caller)
         except FileNotFoundError:
             # The folders were removed under us.
             self._prepared.discard(name.namespace_name)
             self._prepare(name.namespace_name, document, caller)
-            return self._link(file, name, object_bytes, caller)
+            return self._link(file, name, caller)
 
-    def _link(self, file: NewFile, name: PendingName, object_bytes: int, caller: Caller) -> bool:
-        """Give a file its name in the journal. False: a whole one has it that a living process has in hand.
-
-        object_bytes  of the file; one that is several times larger is not looked at
-        """
+    def _link(self, file: NewFile, name: PendingName, caller: Caller) -> bool:
+        """Give a file its name in the journal. False: a whole one has it, in a living process's hand."""
         path = self._path(name)
         until_s = time.monotonic() + _BUSY_S
-        while not self._linked(file, name):
-            if self._is_whole(name, _LARGER_MAX * object_bytes, caller):
+        while not self._linked(file, name, caller):
+            if self._is_whole(name, caller):
                 sync_folder(path.parent)
                 return False
             if time.monotonic() > until_s:
-                raise RetryableError(f"somebody has {path} in hand, which is damaged")
+                raise RetryableError(f"{path} is damaged, and in somebody's hand or not to be moved")
             time.sleep(_BUSY_STEP_S)
             caller.check()
         reach(Failpoint.JOURNAL_LINKED)
@@ -254,8 +276,8 @@ class JournalFolder:
         reach(Failpoint.JOURNAL_FOLDER_SYNCED)
         return True
 
-    def _linked(self, file: NewFile, name: PendingName) -> bool:
-        """Give a file its name, or that of one that a dead process left, which may be damaged by now."""
+    def _linked(self, file: NewFile, name: PendingName, caller: Caller) -> bool:
+        """Give a file its name, or that of one that a dead process left; a damaged one is set aside."""
         path = self._path(name)
         with contextlib.suppress(FileExistsError):
             file.link(path, sync=True)
@@ -264,26 +286,38 @@ class JournalFolder:
         if not isinstance(left, Pending):
             return False
         try:
-            file.replace(path)
+            if self._is_whole(name, caller):
+                file.replace(path)
+                return True
+            self._set_aside(path)
         finally:
             left.close()
-        return True
+        return False
 
-    def _is_whole(self, name: PendingName, bytes_max: int, caller: Caller) -> bool:
-        """Whether there is a file of that name, every byte of which is right, and durable."""
+    def _is_whole(self, name: PendingName, caller: Caller) -> bool:
+        """Whether there is a file of that name, every byte of which is right, and durable.
+
+        RetryableError: this process may not or cannot read it.
+        """
         try:
-            file = os.open(self._path(name), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            file = os.open(self._path(name), _READING)
+        except PermissionError:
+            raise RetryableError(f"{self._path(name)} is another user's") from None
         except OSError as error:
             if is_absence(error):
                 return False
             raise
         try:
             length = os.fstat(file).st_size
-            data = memoryview(bytearray(min(length, bytes_max)))
+            data = memoryview(bytearray(min(length, self._object_bytes_max)))
             disk_io.fill(file, 0, data, caller, direct=False)
             verified_header(name, data)
             os.fsync(file)
-        except (MissError, RetryableError):
+        except MissError as miss:
+            if miss.reason is MissReason.BAD_VERSION:
+                raise RetryableError(f"{self._path(name)} is of another version") from None
+            return False
+        except RetryableError:
             return False
         finally:
             os.close(file)
@@ -329,14 +363,15 @@ class JournalFolder:
 
     def _set_aside(self, path: Path) -> Move:
         """Move what does not belong in the journal."""
-        came_from = "-".join(path.relative_to(self._pending).parts)[-_QUARANTINE_NAME_MAX:]
+        came_from = os.fsencode("-".join(path.relative_to(self._pending).parts))[-_QUARANTINE_NAME_BYTES_MAX:]
         try:
             self._folder.make_folder(self._quarantine)
-            path.rename(self._quarantine / f"{came_from}.{uuid.uuid4().hex[:8]}")
+            path.rename(self._quarantine / f"{os.fsdecode(came_from)}.{uuid.uuid4().hex[:8]}")
         except FileNotFoundError:
             return Move.GONE
         except OSError:
             return Move.REFUSED
+        self._moved()
         return Move.DONE
 
 

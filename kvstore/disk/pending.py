@@ -54,12 +54,14 @@ class PendingName(NamedTuple):
 class Untaken(Enum):
     """Why a pending chunk was not taken for upload.
 
-    GONE  it is not pending any more
-    BUSY  somebody has it in hand: a process that uploads it, or looks at what a dead one left
+    GONE       it is not pending any more
+    BUSY       somebody has it in hand: a process that uploads it, or looks at what a dead one left
+    FORBIDDEN  it is another user's
     """
 
     GONE = "gone"
     BUSY = "busy"
+    FORBIDDEN = "forbidden"
 
 
 class Pending:
@@ -101,8 +103,13 @@ def verified_header(name: PendingName, data: memoryview) -> ChunkHeader:
     due = parse_object_name("", name.object_name)
     if due != (header.namespace_digest.hex()[:16], header.hash, header.shard):
         raise MissError(MissReason.WRONG_KEY, "holds another chunk than its name says")
-    if header.object_bytes != len(data):
-        raise MissError(MissReason.TRUNCATED, f"has {len(data)}, not {header.object_bytes} bytes")
+    check_length(header, len(data))
     for section, extent in zip(header.sections, header.extents, strict=True):
         verify_section(section, data[extent.start : extent.stop])
     return header
+
+
+def check_length(header: ChunkHeader, object_bytes: int) -> None:
+    """Raise MissError unless an object has the length that its header says."""
+    if header.object_bytes != object_bytes:
+        raise MissError(MissReason.TRUNCATED, f"has {object_bytes}, not {header.object_bytes} bytes")

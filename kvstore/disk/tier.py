@@ -14,6 +14,7 @@ import random
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Literal
@@ -204,10 +205,15 @@ class DiskTier:
         finally:
             self._index.release(reservation)
 
-    def journal(self, destination: Destination, bytes_max: int) -> Journal:
-        """A journal in the same folder, on the same threads; its `bytes_max` are not the tier's."""
+    def journal(self, destination: Destination, bytes_max: int, object_bytes_max: int) -> Journal:
+        """A journal in the same folder, on the same threads; its `bytes_max` are not the tier's.
+
+        object_bytes_max  of chunks that are written to it
+        """
         return Journal(
-            folder=JournalFolder(self._folder, destination),
+            folder=JournalFolder(
+                self._folder, destination, object_bytes_max, partial(self._events.set_aside, 1)
+            ),
             reads=self._reads,
             writes=self._writes,
             looks=self._looks,

@@ -31,7 +31,7 @@ class Opened:
     def __init__(self, folder: Path, destination: Destination = HERE, bytes_max: int = MANY_BYTES) -> None:
         self.events = Recorder()
         self.tier = DiskTier(folder, MANY_BYTES, SHARD, limits=LIMITS, events=self.events)
-        self.journal: Journal = self.tier.journal(destination, bytes_max)
+        self.journal: Journal = self.tier.journal(destination, bytes_max, OBJECT_BYTES)
 
     async def __aenter__(self) -> Self:
         await self.tier.open()
