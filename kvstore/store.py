@@ -206,12 +206,11 @@ class KVStore:
                 self._end()
             if report.chunks_left:
                 _log.warning(
-                    "closed with %d chunks (%d bytes) not stored: %d in the journal, from where the next "
-                    "process stores them, %d lost; to wait longer set KVSTORE_CLOSE_TIMEOUT_S",
+                    "closed with %d chunks (%d bytes) not stored: %s; "
+                    "to wait longer set KVSTORE_CLOSE_TIMEOUT_S",
                     report.chunks_left,
                     report.bytes_left,
-                    report.chunks_journaled,
-                    report.chunks_left - report.chunks_journaled,
+                    _whereabouts(report),
                 )
             return report
 
@@ -329,6 +328,13 @@ class _Save:
         self.until = until
         self.until_s = until_s
         self.handle = SaveHandle(until)
+
+
+def _whereabouts(report: FlushReport) -> str:
+    """What becomes of chunks that a store was closed with."""
+    lost = report.chunks_left - report.chunks_journaled
+    said = [f"{report.chunks_journaled} stay in the journal, from where the next process stores them"]
+    return ", ".join(said * bool(report.chunks_journaled) + [f"{lost} are lost"] * bool(lost))
 
 
 def _given(timeout_s: float | None, default_s: float) -> float:

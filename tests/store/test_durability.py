@@ -386,7 +386,7 @@ def test_closing_returns_by_its_deadline_and_says_what_it_left_in_the_journal(tm
     report = store.close()
     assert time.monotonic() - started_s < PATIENCE_S / 2
     assert (report.chunks_left, report.chunks_journaled) == (4, 4)
-    assert any("4 in the journal" in record.message for record in caplog.records)
+    assert any("4 stay in the journal" in record.message for record in caplog.records)
     assert set(handle.outcomes().values()) == {JOURNALED}
 
 
