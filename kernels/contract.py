@@ -54,7 +54,7 @@ class PageCopier(Protocol):
         sections: Sequence[memoryview],
     ) -> None:
         """Copy pages into sections. When it returns, the pages may be reused."""
-        ...
+        self.begin_gather(planes, page_ids, sections).wait()
 
     def begin_gather(
         self,
@@ -84,8 +84,11 @@ class PageCopier(Protocol):
         planes: Sequence[torch.Tensor],
         page_ids: Sequence[Sequence[int]],
     ) -> None:
-        """Copy sections into pages. When it returns, the sections may be reused."""
-        ...
+        """Copy sections into pages. When it returns, the sections may be reused.
+
+        Read-only sections are copied once more on their way: pass writable memory where it matters.
+        """
+        self.begin_scatter(sections, planes, page_ids).wait()
 
     def begin_scatter(
         self,

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from kvstore.kernels.contract import PageCopier
 from kvstore.kernels.page_checks import PageChecks, writable
 from kvstore.kernels.queued_copy import QueuedCopy, copying_on
 from kvstore.layout import ChunkForm
@@ -14,7 +15,7 @@ from kvstore.layout import ChunkForm
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
-class TorchPageCopier:
+class TorchPageCopier(PageCopier):
     """PageCopier in plain torch, for `nhd`, `hnd`, `mla` and `opaque` pages.
 
     Holds no buffers and no state of a call, so one instance may serve several threads. On a GPU it
@@ -25,15 +26,6 @@ class TorchPageCopier:
         self._form = form
         self._checks = PageChecks(form)
         self._bits = _BITS[self._checks.dtype.itemsize]
-
-    def gather(
-        self,
-        planes: Sequence[torch.Tensor],
-        page_ids: Sequence[Sequence[int]],
-        sections: Sequence[memoryview],
-    ) -> None:
-        """Copy pages into sections. When it returns, the pages may be reused."""
-        self.begin_gather(planes, page_ids, sections).wait()
 
     def begin_gather(
         self,
@@ -66,18 +58,6 @@ class TorchPageCopier:
             # Also after an error: nothing may go on when the call has ended.
             for copy in copies:
                 copy.wait()
-
-    def scatter(
-        self,
-        sections: Sequence[memoryview],
-        planes: Sequence[torch.Tensor],
-        page_ids: Sequence[Sequence[int]],
-    ) -> None:
-        """Copy sections into pages. When it returns, the sections may be reused.
-
-        Read-only sections are copied once more on their way: pass writable memory where it matters.
-        """
-        self.begin_scatter(sections, planes, page_ids).wait()
 
     def begin_scatter(
         self,

@@ -18,6 +18,7 @@ import torch
 import triton
 
 from kvstore.errors import MisconfiguredError
+from kvstore.kernels.contract import PageCopier
 from kvstore.kernels.page_checks import PageChecks, writable
 from kvstore.kernels.page_grid import PAGE_BYTES_MAX, PageGrid
 from kvstore.kernels.page_lock import is_page_locked
@@ -34,7 +35,7 @@ _STAGED_BYTES = 64 << 20
 _STAGED_ALIGN = 512
 
 
-class TritonPageCopier:
+class TritonPageCopier(PageCopier):
     """PageCopier for `nhd`, `hnd`, `mla` and `opaque` pages on a GPU.
 
     Copies on streams of its own, one a device and direction. Holds no buffers and no state of a
@@ -50,15 +51,6 @@ class TritonPageCopier:
         self._streams: dict[tuple[torch.device, bool], torch.cuda.Stream] = {}
         self._lock = threading.Lock()
         self._staged_bytes = _STAGED_BYTES
-
-    def gather(
-        self,
-        planes: Sequence[torch.Tensor],
-        page_ids: Sequence[Sequence[int]],
-        sections: Sequence[memoryview],
-    ) -> None:
-        """Copy pages into sections. When it returns, the pages may be reused."""
-        self.begin_gather(planes, page_ids, sections).wait()
 
     def begin_gather(
         self,
@@ -93,18 +85,6 @@ class TritonPageCopier:
             # Also after an error: nothing may go on when the call has ended.
             for copy in copies:
                 copy.wait()
-
-    def scatter(
-        self,
-        sections: Sequence[memoryview],
-        planes: Sequence[torch.Tensor],
-        page_ids: Sequence[Sequence[int]],
-    ) -> None:
-        """Copy sections into pages. When it returns, the sections may be reused.
-
-        Read-only sections are copied once more on their way: pass writable memory where it matters.
-        """
-        self.begin_scatter(sections, planes, page_ids).wait()
 
     def begin_scatter(
         self,
