@@ -320,7 +320,7 @@ def test_p1_what_is_journaled_after_its_upload_ended_is_left_to_the_backlog(
     writing.open()
     wait_until(lambda: store._parts.writes._queued == 1)
     copying.open()
-    # It is not known any more, but to whoever looks.
+    # One that nobody has in charge would be found by this, and stay locked.
     store._parts.writes.wait_idle(PATIENCE_S)
     look_again(store)
     assert store.flush(PATIENCE_S) == FlushReport(0, 0)
@@ -329,7 +329,7 @@ def test_p1_what_is_journaled_after_its_upload_ended_is_left_to_the_backlog(
 
 
 def test_p7_an_object_whose_answer_was_lost_before_the_backend_was_switched_off_is_this_store_s_own(
-    opened, monkeypatch
+    opened, steps, monkeypatch
 ):
     limits = GuardLimits(failures=3, lasting_s=0.0, pause_min_s=0.01, pause_max_s=0.05)
     monkeypatch.setattr(kvstore.assembly, "GuardedBackend", partial(GuardedBackend, limits=limits))
@@ -337,7 +337,7 @@ def test_p7_an_object_whose_answer_was_lost_before_the_backend_was_switched_off_
     seconds = itertools.count(int(time.time()))
     monkeypatch.setattr(time, "time", lambda: next(seconds))
     backend = ScriptedBackend()
-    store = opened(backend)
+    store = opened(backend, upload_concurrency=1)
     assert store.wait_connected(PATIENCE_S)
 
     async def answer_is_lost(call):
@@ -355,9 +355,10 @@ def test_p7_an_object_whose_answer_was_lost_before_the_backend_was_switched_off_
     backend.put = remember
     backend.when("put", answer_is_lost, name=".0-", times=1)
     handle = save(store, Durability.REMOTE)
-    wait_until(lambda: store._parts.breaker.off)
+    wait_until(lambda: store._parts.breaker.off and not store._parts.writes._places.locked())
     backend.forget()
     assert handle.wait(PATIENCE_S) == {0: STORED}
+    assert steps[Failpoint.SEALED] == 2
 
 
 def empty(path: Path) -> None:
