@@ -383,11 +383,12 @@ def test_p11_a_file_of_another_length_than_its_header_says_is_given_no_memory(jo
 
 
 def test_somebody_who_loses_patience_with_closing_leaves_no_thread_behind(monkeypatch):
+    others = set(threading.enumerate())
     backend, _ = taking_no_bodies()
     store = store_of(backend, close_timeout_s=NEVER_S)
     save(store, Durability.QUEUED)
     wait_until(lambda: bodies(backend) == 1)
-    others = set(threading.enumerate())
+    assert set(threading.enumerate()) - others
 
     def interrupted(coroutine):
         coroutine.close()
@@ -398,7 +399,7 @@ def test_somebody_who_loses_patience_with_closing_leaves_no_thread_behind(monkey
         store.close()
     assert store.close() == FlushReport(0, 0)
     assert backend.closed
-    assert not any(thread.name.startswith("kvstore-") for thread in others & set(threading.enumerate()))
+    assert set(threading.enumerate()) - others == set()
 
 
 def test_an_upload_out_of_the_journal_that_the_backend_cancels_is_made_again(
