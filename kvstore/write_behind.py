@@ -255,7 +255,6 @@ class WriteBehind:
         except Exception:
             _log.exception("chunk %s could not be stored because of a defect", chunk.key)
         finally:
-            chunk.uploading = False
             if not chunk.journaled:
                 chunk.end(SaveOutcome.FAILED)
             elif not chunk.ended.done():
@@ -381,10 +380,16 @@ class WriteBehind:
     ) -> None:
         """Bring a sealed chunk into the bucket, with a place in hand; then it has ended."""
         chunk.uploading = True
-        async with patience.spent():
-            await self._uploader.describe(namespace.name, namespace.document())
-            outcome = await self._uploader.put(chunk.key, self._form.shard, parts, self._form.header_bytes)
-        await self._settle(chunk)
+        try:
+            async with patience.spent():
+                await self._uploader.describe(namespace.name, namespace.document())
+                outcome = await self._uploader.put(
+                    chunk.key, self._form.shard, parts, self._form.header_bytes
+                )
+            await self._settle(chunk)
+        finally:
+            # What is journaled from now on is for the backlog, though a copy to the disk tier may follow.
+            chunk.uploading = False
         chunk.end(outcome)
         reach(Failpoint.STORED)
 

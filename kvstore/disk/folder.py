@@ -167,8 +167,6 @@ class DiskFolder:
 
     def create(self, ended: Callable[[], None]) -> NewFile:
         """Begin a file. `ended` is called, in any thread, when only what was published of it is left."""
-        if self._mount_point is not None and not self._mount_point.is_mount():
-            raise FileNotFoundError(errno.ENOENT, "no disk is mounted here any more", str(self._mount_point))
         self.make_folder(self._unfinished)
         for _ in range(_CREATE_ATTEMPTS):
             path = self._unfinished / uuid.uuid4().hex
@@ -200,7 +198,9 @@ class DiskFolder:
         return found
 
     def make_folder(self, folder: Path) -> None:
-        """Make a folder below the root, and those between."""
+        """Make a folder below the root, and those between; not where another disk has come to light."""
+        if self._mount_point is not None and not self._mount_point.is_mount():
+            raise FileNotFoundError(errno.ENOENT, "no disk is mounted here any more", str(self._mount_point))
         if folder == self.root:
             raise FileNotFoundError(errno.ENOENT, "the folder is gone", str(self.root))
         with contextlib.suppress(FileExistsError):

@@ -1,21 +1,34 @@
 """The journal's files: what is in them, who may take them, and what does not belong there."""
 
 import asyncio
+import errno
 import fcntl
 import json
 import os
+import subprocess
 import threading
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import pytest
-from disk_samples import LIMITS, NAMESPACE, OBJECT_BYTES, PATIENCE_S, SHARD, Recorder, data_of, keys_of
+from disk_samples import (
+    LIMITS,
+    NAMESPACE,
+    OBJECT_BYTES,
+    PATIENCE_S,
+    SHARD,
+    Recorder,
+    data_of,
+    keys_of,
+    tmpfs,
+)
 
-from kvstore.disk.events import DiskFailure, Half, JournalDrop
+from kvstore.disk.events import DiskFailure, FillDrop, Half, JournalDrop
 from kvstore.disk.journal import Journal
 from kvstore.disk.pending import Destination, Pending, PendingName, Untaken, verified_header
 from kvstore.disk.tier import DiskTier
 from kvstore.errors import MissError, MissReason, RetryableError
+from kvstore.keys import ChunkKey
 
 HERE = Destination("s3://bucket/", "kv")
 ELSEWHERE = Destination("s3://bucket/", "another")
@@ -156,6 +169,132 @@ def test_p1_what_a_dead_process_left_damaged_is_not_what_a_new_save_relies_on(tm
     asyncio.run(run())
     assert [path.read_bytes() for path in pending_files(tmp_path)] == [data_of(KEYS[0])]
     assert list((tmp_path / ".tmp").iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", [b"rotten", data_of(KEYS[1]), data_of(KEYS[0])[:-1]])
+def test_p1_a_damaged_file_of_a_dead_process_is_kept_and_counted_once_and_its_chunk_journaled(
+    tmp_path, damage
+):
+    async def run() -> None:
+        async with Opened(tmp_path) as opened:
+            await opened.leave(0)
+            pending_files(tmp_path)[0].write_bytes(damage)
+            await opened.leave(0)
+            assert opened.events.quarantined == 1
+            assert opened.events.journal_drops == {}
+
+    asyncio.run(run())
+    assert [path.read_bytes() for path in pending_files(tmp_path)] == [data_of(KEYS[0])]
+    assert [path.read_bytes() for path in (tmp_path / "quarantine").iterdir()] == [damage]
+
+
+def test_p1_a_file_of_a_newer_version_is_neither_replaced_nor_relied_on(tmp_path):
+    async def run() -> None:
+        async with Opened(tmp_path) as opened:
+            await opened.leave(0)
+            pending_files(tmp_path)[0].write_bytes(of_a_newer_version(KEYS[0]))
+            assert await opened.write(0) is None
+            assert opened.events.quarantined == 0
+
+    asyncio.run(run())
+    assert [path.read_bytes() for path in pending_files(tmp_path)] == [of_a_newer_version(KEYS[0])]
+
+
+def test_p9_folders_and_files_of_another_user_hold_nothing_up(tmp_path, disk):
+    async def run() -> None:
+        async with Opened(tmp_path, ELSEWHERE) as opened:
+            await opened.leave(2)
+        async with Opened(tmp_path) as opened:
+            await opened.leave(0, 1)
+            disk.fail(errno.EACCES, "scandir", where=ELSEWHERE.name)
+            disk.fail(errno.EACCES, "open", where=f"{HERE.name}/{'/'.join(NAMES[0])}")
+            look = await opened.journal.look()
+            assert (look.names, look.stuck, look.set_aside) == ([NAMES[0], NAMES[1]], 1, 0)
+            assert await opened.journal.take(NAMES[0]) is Untaken.FORBIDDEN
+            assert await opened.write(0) is None
+            taken = await opened.journal.take(NAMES[1])
+            assert isinstance(taken, Pending)
+            await opened.journal.close(taken)
+            assert opened.events.failures == {}
+            assert opened.events.off == set()
+
+    asyncio.run(run())
+
+
+def test_p1_what_was_begun_before_a_mount_was_gone_makes_no_folder_below_it(tmp_path):
+    root = tmp_path / "disk"
+
+    async def run() -> None:
+        async with Opened(root) as opened:
+            pending = await opened.write(0)
+            await asyncio.to_thread(subprocess.run, ["umount", "-l", str(root)], check=True)
+            await opened.tier.adopt(KEYS[0], pending)
+            assert KEYS[0] not in opened.tier
+            assert await opened.write(1) is None
+            await opened.journal.close(pending)
+
+    with tmpfs(root, "4m"):
+        asyncio.run(run())
+        assert list(root.iterdir()) == []
+
+
+def test_a_file_that_is_being_adopted_stays_open_until_it_has_its_second_name(tmp_path, monkeypatch):
+    async def run() -> None:
+        async with Opened(tmp_path) as opened:
+            pending = await opened.write(0)
+            folder = opened.tier._folder
+            publish = folder.publish
+
+            def close_first(*arguments: Any) -> os.stat_result:
+                pending.close()
+                return publish(*arguments)
+
+            monkeypatch.setattr(folder, "publish", close_first)
+            before = open_files()
+            await opened.tier.adopt(KEYS[0], pending)
+            assert KEYS[0] in opened.tier
+            assert open_files() < before
+            assert opened.events.failures == {}
+
+    asyncio.run(run())
+
+
+def test_a_file_that_was_closed_before_it_was_adopted_is_left_alone(tmp_path):
+    async def run() -> None:
+        async with Opened(tmp_path) as opened:
+            pending = await opened.write(0)
+            await opened.journal.close(pending)
+            await opened.tier.adopt(KEYS[0], pending)
+            assert KEYS[0] not in opened.tier
+            assert opened.events.failures == {}
+            assert opened.events.drops == {FillDrop.ABANDONED: 1}
+
+    asyncio.run(run())
+
+
+def test_a_name_of_many_bytes_goes_to_quarantine_too(tmp_path):
+    async def run() -> None:
+        async with Opened(tmp_path) as opened:
+            await opened.leave(0)
+            (pending_files(tmp_path)[0].parent / ("鍵" * 80)).write_text("mine")
+            look = await opened.journal.look()
+            assert (look.set_aside, look.stuck) == (1, 0)
+
+    asyncio.run(run())
+    assert [path.read_text() for path in (tmp_path / "quarantine").iterdir()] == ["mine"]
+
+
+def test_a_chunk_that_another_process_encoded_at_many_times_the_size_is_whole_too(tmp_path):
+    """An object of the same chunk that is longer than the one to be written, in another's hand."""
+
+    async def run() -> None:
+        async with Opened(tmp_path) as one, Opened(tmp_path) as other:
+            pending = await one.write(0)
+            parts = [memoryview(data_of(KEYS[0]))[: OBJECT_BYTES // 8]]
+            assert await other.journal.write(NAMES[0], DOCUMENT, parts) is Untaken.BUSY
+            await one.journal.close(pending)
+
+    asyncio.run(run())
 
 
 def test_chunks_for_another_bucket_are_counted_and_left_alone(tmp_path):
@@ -354,9 +493,13 @@ def test_a_writer_that_left_while_the_disk_hung_leaves_no_file_open_and_no_lock(
     assert list((tmp_path / ".tmp").iterdir()) == []
 
 
-def test_a_chunk_of_a_newer_version_is_told_from_a_damaged_one():
-    data = bytearray(data_of(KEYS[0]))
+def of_a_newer_version(key: ChunkKey) -> bytes:
+    data = bytearray(data_of(key))
     data[8] = 99
+    return bytes(data)
+
+
+def test_a_chunk_of_a_newer_version_is_told_from_a_damaged_one():
     with pytest.raises(MissError) as refused:
-        verified_header(NAMES[0], memoryview(data))
+        verified_header(NAMES[0], memoryview(of_a_newer_version(KEYS[0])))
     assert refused.value.reason is MissReason.BAD_VERSION

@@ -36,3 +36,17 @@ def with_disk(opened: Callable[..., KVStore], tmp_path: Path) -> Callable[..., K
         return store
 
     return open_store
+
+
+@pytest.fixture
+def journaling(opened: Callable[..., KVStore], tmp_path: Path) -> Callable[..., KVStore]:
+    """Opens stores that share a disk folder, by default the test's, and waits until they know it."""
+
+    def open_store(backend: Any, layout: KVLayout = LAYOUT, **settings: Any) -> KVStore:
+        store = opened(backend, layout, **({"disk_dir": str(tmp_path), "disk_bytes": 1 << 20} | settings))
+        store.wait_connected(PATIENCE_S)
+        assert store._parts.disk is not None
+        store._loop.run(store._parts.disk.wait_scanned())
+        return store
+
+    return open_store

@@ -5,11 +5,24 @@ import os
 import shutil
 import subprocess
 import threading
-import time
 from pathlib import Path
 
 import pytest
 from disk_samples import tmpfs
+from journal_samples import (
+    FAILED,
+    JOURNALED,
+    ONE,
+    PRESENT,
+    QUEUED,
+    STORED,
+    down,
+    leave_in_journal,
+    occupy_the_only_place,
+    pending,
+    save,
+    wait_until,
+)
 from samples import (
     FORM,
     PATIENCE_S,
@@ -28,63 +41,8 @@ import kvstore.backlog
 import kvstore.uploader
 from kvstore.disk.journal_folder import JournalFolder
 from kvstore.errors import RetryableError
-from kvstore.handles import Durability, FlushReport, SaveOutcome
+from kvstore.handles import Durability, FlushReport
 from kvstore.layout import ChunkForm
-
-ONE = chain_of(1)
-STORED, PRESENT, QUEUED, JOURNALED, FAILED = (
-    SaveOutcome.STORED,
-    SaveOutcome.PRESENT,
-    SaveOutcome.QUEUED,
-    SaveOutcome.JOURNALED,
-    SaveOutcome.FAILED,
-)
-
-
-@pytest.fixture
-def journaling(opened, tmp_path):
-    """Opens stores that share a disk folder, and waits until they know it."""
-
-    def open_store(backend, layout=FORM.layout, **settings):
-        store = opened(backend, layout, **({"disk_dir": str(tmp_path), "disk_bytes": 1 << 20} | settings))
-        store.wait_connected(PATIENCE_S)
-        store._loop.run(store._parts.disk.wait_scanned())
-        return store
-
-    return open_store
-
-
-def down() -> tuple[ScriptedBackend, Gate]:
-    backend, gate = ScriptedBackend(), Gate()
-    backend.when("put", gate)
-    return backend, gate
-
-
-def save(store, until, chain=ONE, form=FORM):
-    return store.save(chain, range(len(chain)), Pages(len(chain), form, "a"), until=until)
-
-
-def pending(root: Path) -> list[Path]:
-    return sorted((root / "pending").glob("*/*/*.0-*"))
-
-
-def occupy_the_only_place(store, backend) -> None:
-    save(store, Durability.QUEUED, chain_of(1, first_token=50_000))
-    wait_until(lambda: backend.count("put"))
-
-
-def wait_until(condition) -> None:
-    deadline_s = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.002)
-
-
-def leave_in_journal(root: Path, chain=ONE, layout=FORM.layout) -> None:
-    """As a process that died before it could upload."""
-    form = ChunkForm(layout, layout.whole)
-    with store_of(down()[0], layout, disk_dir=str(root), memory_bytes=64 * form.raw_bytes) as store:
-        assert set(save(store, Durability.JOURNALED, chain, form).wait(PATIENCE_S).values()) == {JOURNALED}
 
 
 def test_two_journaled_saves_of_the_same_chunks_leave_nothing_locked_or_waiting(journaling, tmp_path):

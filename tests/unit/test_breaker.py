@@ -187,3 +187,19 @@ def test_after_it_was_closed_nothing_is_tried(after_s):
         assert len(lab.probed_s) == probes
 
     run(scenario)
+
+
+def test_what_was_begun_before_a_probe_and_fails_after_it_does_not_switch_off_at_once():
+    async def scenario():
+        lab = Lab()
+        lab.breaker._circuit = Circuit(2, 1.0, 30.0, lasting_s=3.0)
+        await asyncio.sleep(100.0)
+        for began_s in (90.0, 91.0):
+            lab.breaker.failed(began_s=began_s)
+        assert lab.breaker.off
+        await lab.breaker.wait_on()
+        for _ in range(8):
+            lab.breaker.failed(began_s=95.0)
+        assert not lab.breaker.off
+
+    run(scenario)

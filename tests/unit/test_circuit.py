@@ -63,3 +63,11 @@ def test_a_success_begins_the_while_anew():
         if second % 5 == 4:
             tried.succeeded(second)
     assert not tried.off
+
+
+def test_what_was_begun_before_a_probe_and_fails_after_it_does_not_switch_off_at_once():
+    tried = Circuit(3, 1.0, 60.0, lasting_s=5.0)
+    assert [tried.failed(began_s=now_s, now_s=now_s) for now_s in (100.0, 102.0, 105.0)][-1]
+    tried.probed(110.0)
+    assert not any(tried.failed(began_s=104.0, now_s=114.9) for _ in range(64))
+    assert tried.failed(began_s=104.0, now_s=115.0)
