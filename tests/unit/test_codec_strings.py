@@ -185,9 +185,10 @@ def test_an_unknown_codec_is_refused_with_those_of_other_packages_too():
 @pytest.mark.usefixtures("plugin")
 def test_every_known_codec_is_listed_with_where_it_comes_from():
     rows = {row.codec: row for row in known_codecs()}
-    assert set(rows) == {"none", "lz4", "zstd", "planes", "inverted", *BROKEN}
+    assert set(rows) == {"none", "lz4", "zstd", "planes", "int8", "int4", "fp8", "inverted", *BROKEN}
     assert rows["inverted"].origin == "kvstore-test-plugin"
     assert rows["zstd"].origin == "kvstore"
-    assert {row.fidelity for row in rows.values()} == {"lossless"}
+    lossy = {name: row.fidelity for name, row in rows.items() if row.fidelity != "lossless"}
+    assert lossy == {"int8": "int8", "int4": "int4:64", "fp8": "fp8"}
     for name in BROKEN:
         assert "cannot be used" in rows[name].about
