@@ -18,8 +18,8 @@ class Elements:
     """One element type.
 
     word         how its elements lie in host form; bfloat16 as bare bits
-    largest      the largest magnitude that is quantized. Its quadruple is finite, so no sum of a
-                 group's parameters within it overflows
+    largest      the largest magnitude that is quantized: so far below the largest finite number that
+                 decoding overflows in no way
     """
 
     word: np.dtype[Any]

@@ -91,9 +91,12 @@ class PlaneGroups:
             return False
         if not (np.abs(highest) <= self.elements.largest).all():
             return False
+        # Which zero is the lower one depends on the order of comparisons.
+        np.add(lowest, 0.0, out=lowest)
         scale_bits, lowest_words, codes = self._split(stored)
         span = highest - lowest if self.grid.affine else np.maximum(-lowest, highest)
-        scales = _round_up(span * np.float32(1 / self.grid.largest), scale_bits)
+        # The difference of two zeros, or the larger one, may be -0.
+        scales = _round_up(np.abs(span) * np.float32(1 / self.grid.largest), scale_bits)
         self._write_lowest(lowest, lowest_words)
         inverse = np.float32(1) / scales
         for tile in self.tiles():
@@ -115,7 +118,8 @@ class PlaneGroups:
         largest = self.elements.largest
         if self.groups and not _SCALE_BITS_MIN <= scale_bits.min() <= scale_bits.max() < _SCALE_BITS_STOP:
             raise bad("a scale is no positive number")
-        if self.groups and not scales.max() * self.grid.largest <= 3 * largest:
+        # No group spans more than twice the largest magnitude; and with this no sum overflows.
+        if self.groups and scales.max() > 2.5 * largest / self.grid.largest:
             raise bad("a scale is too large")
         if not (np.abs(lowest) <= largest).all():
             raise bad("a group's lowest element is no number, or too large")

@@ -155,6 +155,8 @@ def known_codecs() -> Iterator[CodecRow]:
 def _parse_family(part: str, whole: str | None = None) -> ByteCodec:
     text = part if whole is None else whole
     name, colon, level = part.partition(":")
+    if name in TENSOR_FAMILIES:
+        raise MisconfiguredError(f"codec {text!r}: {name} changes numbers, no bytes; known: {_known()}")
     try:
         family = _family(name)
     except KeyError:

@@ -106,7 +106,7 @@ def write_quantized(codec: str, host: bytes, layout: KVLayout, heads: int, first
         scales, lows, codes = b"", b"", {}
         for group in plane.groups(first):
             values = {at: load(dtype, host[plane.offset(*at) : plane.offset(*at) + size]) for at in group}
-            low = min(values.values())
+            low = min(values.values()) + F32(0)
             affine = plane.grid in ("255", "15")
             span = max(values.values()) - low if affine else max(map(abs, values.values()))
             bits = round_up(span * F32(1 / int(plane.grid)))

@@ -3,7 +3,7 @@ import sys
 import pytest
 
 from kvstore.codecs import registry
-from kvstore.codecs.registry import decoder, known_codecs, parse_codec
+from kvstore.codecs.registry import decoder, known_codecs, parse_codec, split_codec
 from kvstore.errors import MisconfiguredError, MissError, MissReason
 from kvstore.settings import Settings
 
@@ -114,6 +114,60 @@ def test_a_codec_string_gives_a_codec_whose_name_finds_the_decoder(text, name):
 def test_an_unknown_codec_is_refused_with_those_that_are_known(text):
     with pytest.raises(MisconfiguredError, match=r"none, lz4, zstd\[:LEVEL\], planes\[\+CODEC\]"):
         parse_codec(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "tensor", "bytes_"),
+    [
+        ("none", None, "none"),
+        ("planes+zstd:3", None, "planes+zstd:3"),
+        ("int8", "int8", "none"),
+        ("int8+zstd:3", "int8", "zstd:3"),
+        ("int4", "int4:64", "none"),
+        ("int4:64", "int4:64", "none"),
+        ("int4:32+lz4", "int4:32", "lz4"),
+        ("fp8+zstd", "fp8", "zstd"),
+    ],
+)
+def test_a_codec_string_is_a_tensor_codec_and_a_byte_codec(text, tensor, bytes_):
+    assert split_codec(text) == (tensor, bytes_)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "gzip",
+        "INT8",
+        "int8:",
+        "int8:64",
+        "fp8:1",
+        "int4:",
+        "int4:16",
+        "int4:064",
+        "int4:-64",
+        "int8+",
+        "+int8",
+        "int8+none",
+        "int8+planes",
+        "int8+planes+zstd",
+        "int8+fp8",
+        "int8+zstd:",
+        "int8+zstd+lz4",
+        "planes+int8",
+        "zstd+int8",
+    ],
+)
+def test_an_unknown_tensor_codec_is_refused_with_those_that_are_known(text):
+    with pytest.raises(
+        MisconfiguredError, match=r"none, lz4, .*int8\[\+CODEC\], int4\[:GROUP\]\[\+CODEC\], fp8\[\+CODEC\]"
+    ) as error:
+        split_codec(text)
+    assert repr(text) in str(error.value)
+
+
+def test_a_tensor_codec_is_no_byte_codec():
+    with pytest.raises(MisconfiguredError, match="int8 changes numbers"):
+        parse_codec("int8")
 
 
 @pytest.mark.parametrize("level", [0, -1, 23, 10**9])
