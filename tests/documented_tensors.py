@@ -139,6 +139,16 @@ def _rows(plane: Plane, codes: dict[tuple[int, int, int], int], first: int) -> b
     return out
 
 
+def stored_bytes_of(codec: str, layout: KVLayout, heads: int, first: int) -> int:
+    size, length = layout.dtype.itemsize, 4
+    for plane in planes_of(codec, layout, heads):
+        row = heads * plane.dim
+        affine = plane.grid in ("255", "15")
+        length += first * row * size + len(list(plane.groups(first))) * (2 + size * affine)
+        length += (layout.chunk_tokens - first) * (-(-row // 2) if plane.grid == "15" else row)
+    return length
+
+
 class Read(NamedTuple):
     """A section that was read: its host form, and the scale of each element by its offset there."""
 
