@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from kvstore.codecs.contract import ByteCodec, Decoder
+from kvstore.codecs.contract import ByteCodec, Decoder, TensorCodec
 from kvstore.codecs.registry import LOSSLESS, PLANES, RAW, decoder, parse_codec, split_codec, tensor_name
 from kvstore.codecs.scratch import Scratch
 from kvstore.codecs.tensor_bytes import EncodedTensorCodec
@@ -48,7 +48,7 @@ class SectionCodecs:
         self._form = form
         self._scratch = Scratch()
         self._tensor_name = parts.tensor
-        self._tensor = None if parts.tensor is None else tensor_codec(parts.tensor, form)
+        self._tensor = None if parts.tensor is None else _tensor_codec(text, parts.tensor, form)
         self._packed: EncodedTensorCodec | None = None
         self._lossless = self._lossless_codec(parts.bytes_)
         names = [] if self._lossless is None else [self._lossless.name]
@@ -115,6 +115,13 @@ def check_lossless_layers(text: str) -> None:
     """Raises ValueError unless `text` is empty or whole numbers with commas between them."""
     if text and not _LAYERS.match(text):
         raise ValueError("is not whole numbers with commas between them")
+
+
+def _tensor_codec(text: str, full_name: str, form: ChunkForm) -> TensorCodec:
+    try:
+        return tensor_codec(full_name, form)
+    except MisconfiguredError as error:
+        raise MisconfiguredError(f"KVSTORE_CODEC={text}: {error}") from None
 
 
 def _byte_codec(text: str) -> ByteCodec:

@@ -31,8 +31,8 @@ class EncodedTensorCodec:
         """See ByteCodec.decode."""
         lossless_tokens = int.from_bytes(stored[:_FRONT_BYTES], "little")
         quantized_bytes = self._tensor.stored_bytes(lossless_tokens)
-        if len(stored) <= _FRONT_BYTES or quantized_bytes > len(out):
-            raise MissError(MissReason.BAD_ENCODING, f"{self.name}: {lossless_tokens} lossless tokens")
+        if len(stored) <= _FRONT_BYTES:
+            raise MissError(MissReason.BAD_ENCODING, f"{self.name}: {len(stored)} bytes are too few")
         quantized = _scratch.take(quantized_bytes)
         quantized[:_FRONT_BYTES] = stored[:_FRONT_BYTES]
         self._inner.decode(stored[_FRONT_BYTES:], quantized[_FRONT_BYTES:])

@@ -87,7 +87,7 @@ def tensor_codec(full_name: str, form: ChunkForm) -> TensorCodec:
     codec = make_tensor_codec(name, int(group) if colon else None, form)
     if codec.stored_bytes(0) >= form.section_bytes:
         raise MisconfiguredError(
-            f"{_setting(full_name)} does not shrink layers of {form.layout}: too few elements share a scale; "
+            f"{full_name} does not shrink layers of {form.layout}: too few elements share a scale; "
             "set KVSTORE_CHUNK_TOKENS to more, or KVSTORE_CODEC to planes+zstd"
         )
     return codec
@@ -97,15 +97,11 @@ def _check_form(full_name: str, form: ChunkForm) -> None:
     layout = form.layout
     if layout.page_form not in _PAGE_FORMS:
         raise MisconfiguredError(
-            f"{_setting(full_name)} needs keys and values by head and channel, but the layout's page form is "
+            f"{full_name} needs keys and values by head and channel, but the layout's page form is "
             f"{layout.page_form!r}, not nhd or hnd; set KVSTORE_CODEC to planes+zstd, zstd or none"
         )
     if layout.dtype not in _DTYPES:
         raise MisconfiguredError(
-            f"{_setting(full_name)} is for {', '.join(_DTYPES)}, but the layout's dtype is {layout.dtype}; "
+            f"{full_name} is for {', '.join(_DTYPES)}, but the layout's dtype is {layout.dtype}; "
             "set KVSTORE_CODEC to planes+zstd, zstd or none"
         )
-
-
-def _setting(full_name: str) -> str:
-    return f"KVSTORE_CODEC={full_name}"

@@ -132,6 +132,6 @@ def test_kv_that_is_quantized_is_kept_apart_and_restored_by_those_who_set_the_sa
 
 
 def test_a_codec_that_is_not_for_the_models_cache_is_refused_and_the_model_left_alone(llama):
-    with pytest.raises(MisconfiguredError, match="KVSTORE_CODEC=int8 does not shrink"):
+    with pytest.raises(MisconfiguredError, match="KVSTORE_CODEC=int8: int8 does not shrink"):
         attach(llama, settings=settings_of(codec="int8", chunk_tokens=1))
     assert "generate" not in vars(llama)

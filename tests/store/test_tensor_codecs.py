@@ -193,6 +193,8 @@ def test_p4_a_section_of_a_tensor_codec_that_the_namespace_does_not_name_is_a_mi
 @pytest.mark.parametrize("changes", [{"page_form": "mla", "kv_heads": 1}, {"dtype": DType.UINT8}])
 def test_a_layout_that_cannot_be_quantized_is_refused_when_the_store_opens(opened, changes):
     layout = dataclasses.replace(LAYOUT, **changes)
-    with pytest.raises(MisconfiguredError, match=r"KVSTORE_CODEC=int8 .* set KVSTORE_CODEC to planes"):
+    with pytest.raises(
+        MisconfiguredError, match=r"KVSTORE_CODEC=int8\+zstd: int8 .* set KVSTORE_CODEC to planes"
+    ):
         opened(ScriptedBackend(), layout, codec="int8+zstd")
     assert isinstance(opened(ScriptedBackend(), layout, codec="planes"), KVStore)

@@ -360,14 +360,18 @@ def test_layouts_that_a_codec_cannot_know_are_refused_with_what_would_work(text,
     layout = dataclasses.replace(LAYOUT, **changes)
     with pytest.raises(MisconfiguredError) as error:
         SectionCodecs(text, ChunkForm(layout, layout.whole))
-    for part in (f"KVSTORE_CODEC={text.partition('+')[0]}", says, "set KVSTORE_CODEC to planes+zstd"):
+    for part in (
+        f"KVSTORE_CODEC={text}: {text.partition('+')[0]} ",
+        says,
+        "set KVSTORE_CODEC to planes+zstd",
+    ):
         assert part in str(error.value)
 
 
 def test_a_layout_that_would_not_shrink_is_refused():
     layout = dataclasses.replace(LAYOUT, chunk_tokens=3, head_dim=1, value_dim=1)
     with pytest.raises(
-        MisconfiguredError, match=r"KVSTORE_CODEC=int8 does not shrink .*KVSTORE_CHUNK_TOKENS"
+        MisconfiguredError, match=r"KVSTORE_CODEC=int8: int8 does not shrink .*KVSTORE_CHUNK_TOKENS"
     ):
         SectionCodecs("int8", ChunkForm(layout, layout.whole))
 
