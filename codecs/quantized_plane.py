@@ -21,7 +21,7 @@ _SCALE_BITS_MIN = 0x0080
 _SCALE_BITS_STOP = 0x7F80
 _SCALE = np.dtype("<u2")
 # Elements that are worked on at a time: enough to make calls cheap, few enough for the caches.
-TILE_ELEMENTS = 1 << 15
+TILE_ELEMENTS = 1 << 17
 
 
 @dataclass(frozen=True)
