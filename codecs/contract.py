@@ -1,4 +1,4 @@
-"""The codec contracts: ByteCodec, and CodecFamily, by which the registry knows one."""
+"""The codec contracts: ByteCodec, TensorCodec, and CodecFamily, by which the registry knows byte codecs."""
 
 from __future__ import annotations
 
@@ -30,6 +30,51 @@ class ByteCodec(Protocol):
 
         Never writes past `out` nor allocates by a length that the data claims. Raises
         MissError(BAD_ENCODING) for data that is damaged or of another length.
+        """
+        ...
+
+
+class Decoder(Protocol):
+    """What headers name: the half of a codec that a reader needs."""
+
+    def decode(self, stored: memoryview, out: memoryview) -> None:
+        """See ByteCodec.decode."""
+        ...
+
+
+class TensorCodec(Protocol):
+    """Changes numbers, within a bound that its documentation declares. Made for one chunk form.
+
+    Stateless and safe to call from several threads at once, and both calls release the GIL. Buffers are
+    those of ByteCodec; `host` is one section in host form.
+    """
+
+    @property
+    def name(self) -> str:
+        """As written into headers and fidelities, with every parameter that decoding needs."""
+        ...
+
+    def stored_bytes(self, lossless_tokens: int) -> int:
+        """What `encode` writes, whatever the numbers.
+
+        Raises MissError(BAD_ENCODING) for more tokens than a chunk has.
+        """
+        ...
+
+    def encode(self, host: memoryview, out: memoryview, lossless_tokens: int) -> int | None:
+        """Encode `host` into the start of `out`, of `stored_bytes` or more; returns the bytes written.
+
+        lossless_tokens  of those at the chunk's front every bit is kept
+
+        The first four bytes hold `lossless_tokens`, as a little-endian u32. None, with `out` in any state,
+        when other tokens hold what cannot be quantized: NaN, infinities, or very large numbers.
+        """
+        ...
+
+    def decode(self, stored: memoryview, out: memoryview) -> None:
+        """See ByteCodec.decode: `out` is filled with numbers within the bound, none of them NaN or infinite
+
+        but for those of lossless tokens.
         """
         ...
 

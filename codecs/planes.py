@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import struct
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvstore.codecs.contract import ByteCodec
+from kvstore.codecs.scratch import Scratch
 from kvstore.errors import MissError, MissReason
 
 _Words = NDArray[Any]
@@ -40,18 +40,6 @@ _RANDOM_BITS = 7.6
 _GAIN_LOG = 5
 
 
-class _Scratch(threading.local):
-    """Planes on their way, of the largest section that this thread has seen."""
-
-    memory: bytearray = bytearray()
-
-    def take(self, length: int) -> memoryview:
-        """`length` bytes, valid until the thread asks again."""
-        if len(self.memory) < length:
-            self.memory = bytearray(length)
-        return memoryview(self.memory)[:length]
-
-
 class PlanesCodec:
     """Codes for the planes of floats of `item_bytes` bytes; docs/format.md has the bytes.
 
@@ -72,7 +60,7 @@ class PlanesCodec:
         rows_fit = row_bytes >= _RUN_BYTES_MIN * item_bytes and row_bytes % item_bytes**2 == 0
         self._row_bytes = row_bytes if rows_fit else 0
         self._table = struct.Struct(f"<{item_bytes + 1}I")
-        self._scratch = _Scratch()
+        self._scratch = Scratch()
 
     def encode(self, host: memoryview, out: memoryview) -> int | None:
         """See ByteCodec.encode."""

@@ -1,8 +1,9 @@
 """Which codecs there are, how settings name them, and which one decodes what a header names.
 
-A codec string is `none`, a byte codec such as `zstd:3`, or `planes+` and a byte codec. Byte codecs
-are those of this package and those that other packages offer by an entry point of the group
-`kvstore.codecs`, which loads to a `CodecFamily` of the entry point's name.
+A codec string is `none`, a byte codec such as `zstd:3`, `planes+` and a byte codec, or a tensor codec
+such as `int8`, alone or with `+` and a byte codec. Byte codecs are those of this package and those that
+other packages offer by an entry point of the group `kvstore.codecs`, which loads to a `CodecFamily` of
+the entry point's name.
 """
 
 from __future__ import annotations
@@ -12,11 +13,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from typing import NamedTuple
 
-from kvstore.codecs.contract import ByteCodec, CodecFamily
+from kvstore.codecs.contract import ByteCodec, CodecFamily, Decoder
 from kvstore.codecs.lz4 import LZ4
+from kvstore.codecs.tensor_bytes import EncodedTensorCodec
+from kvstore.codecs.tensor_families import TENSOR_FAMILIES, tensor_codec
 from kvstore.codecs.zstd import ZSTD
 from kvstore.errors import MisconfiguredError, MissError, MissReason
+from kvstore.layout import ChunkForm
 
 RAW = "none"
 PLANES = "planes"
@@ -48,11 +53,42 @@ class CodecRow:
     origin: str
 
 
-def parse_codec(text: str, item_bytes: int = 1, row_bytes: int = 0) -> ByteCodec | None:
-    """The codec that a setting such as `planes+zstd:1` names; None for `none`.
+class CodecParts(NamedTuple):
+    """A codec string taken apart.
+
+    tensor  the tensor codec's name in headers, with its group; None: every bit is kept
+    bytes_  the codec string of what follows it, or of the whole
+    """
+
+    tensor: str | None
+    bytes_: str
+
+
+def split_codec(text: str) -> CodecParts:
+    """Take a codec string apart. Raises MisconfiguredError for one that is unknown or malformed."""
+    first, plus, rest = text.partition("+")
+    name, colon, group = first.partition(":")
+    family = TENSOR_FAMILIES.get(name)
+    if family is None:
+        parse_codec(text)
+        return CodecParts(None, text)
+    try:
+        full_name = family.full_name(group if colon else None)
+    except ValueError:
+        raise MisconfiguredError(f"codec {text!r}: {name} takes {family.takes}; known: {_known()}") from None
+    if plus:
+        _parse_family(rest, text)
+    return CodecParts(full_name, rest if plus else RAW)
+
+
+def parse_codec(
+    text: str, item_bytes: int = 1, row_bytes: int = 0, *, bare: bool = False
+) -> ByteCodec | None:
+    """The byte codec that a setting such as `planes+zstd:1` names; None for `none`.
 
     item_bytes  size of the elements that sections hold, by which planes are split
     row_bytes   what repeats in a section where tokens do; 0 where nobody knows
+    bare        whether a codec without a level shall look for no repeats, as it does within planes
 
     Raises MisconfiguredError for an unknown name, or a level that is out of range or not taken.
     """
@@ -60,29 +96,41 @@ def parse_codec(text: str, item_bytes: int = 1, row_bytes: int = 0) -> ByteCodec
         return None
     first, plus, rest = text.partition("+")
     if first != PLANES:
-        return _parse_family(text)
+        searching = _parse_family(text)
+        return _without_search(text, searching) if bare else searching
     inner = rest if plus else ZSTD.name
     searching = _parse_family(inner, text)
-    name, colon, _ = inner.partition(":")
-    bare = _family(name).bare
-    usual = searching if colon or bare is None else bare()
+    usual = _without_search(inner, searching)
     return _planes(usual, item_bytes, searching=searching, row_bytes=row_bytes)
 
 
-def decoder(name: str) -> ByteCodec:
-    """The codec that decodes sections whose header says `name`. Raises MissError(UNKNOWN_CODEC)."""
+def decoder(name: str, form: ChunkForm | None = None) -> Decoder:
+    """The codec that decodes sections whose header says `name`. Raises MissError(UNKNOWN_CODEC).
+
+    form  of the sections' chunk: without it tensor codecs are unknown
+    """
     found = _DECODERS.get(name)
     if found is not None:
         return found
     try:
-        found = _DECODERS[name] = _make_decoder(name)
+        tensor, plus, inner = name.partition("+")
+        if tensor_name(name) is not None and form is not None:
+            codec = tensor_codec(tensor, form)
+            return EncodedTensorCodec(codec, _family(inner).make(None)) if plus else codec
+        made = _DECODERS[name] = _make_decoder(name)
     except (KeyError, MisconfiguredError) as error:
         why = f"; {error}" if isinstance(error, MisconfiguredError) else ""
         raise MissError(
             MissReason.UNKNOWN_CODEC,
             f"codec {name[:40]!r} is unknown here; known: {', '.join(_names())}{why}",
         ) from None
-    return found
+    return made
+
+
+def tensor_name(name: str) -> str | None:
+    """The tensor codec in a name of a header; None: every bit is kept."""
+    tensor = name.partition("+")[0]
+    return tensor if tensor.partition(":")[0] in TENSOR_FAMILIES else None
 
 
 def known_codecs() -> Iterator[CodecRow]:
@@ -92,6 +140,8 @@ def known_codecs() -> Iterator[CodecRow]:
         yield CodecRow(family.name, family.takes, LOSSLESS, family.about, "kvstore")
     about = "for floats: bytes that compress apart from those that do not; alone it means planes+zstd"
     yield CodecRow(PLANES, "+CODEC, one of the others", LOSSLESS, about, "kvstore")
+    for tensors in TENSOR_FAMILIES.values():
+        yield CodecRow(tensors.name, tensors.takes, tensors.full_name(None), tensors.about, "kvstore")
     for name, entry in _offered().items():
         origin = entry.dist.name if entry.dist else "unknown"
         try:
@@ -105,6 +155,8 @@ def known_codecs() -> Iterator[CodecRow]:
 def _parse_family(part: str, whole: str | None = None) -> ByteCodec:
     text = part if whole is None else whole
     name, colon, level = part.partition(":")
+    if name in TENSOR_FAMILIES:
+        raise MisconfiguredError(f"codec {text!r}: {name} changes numbers, no bytes; known: {_known()}")
     try:
         family = _family(name)
     except KeyError:
@@ -114,6 +166,13 @@ def _parse_family(part: str, whole: str | None = None) -> ByteCodec:
     if colon and not _LEVEL.match(level):
         raise MisconfiguredError(f"codec {text!r}: {name} takes {family.takes}; known: {_known()}")
     return family.make(int(level) if colon else None)
+
+
+def _without_search(part: str, searching: ByteCodec) -> ByteCodec:
+    """The codec for bytes that hardly repeat: another one only where no level is set."""
+    name, colon, _ = part.partition(":")
+    bare = _family(name).bare
+    return searching if colon or bare is None else bare()
 
 
 def _make_decoder(name: str) -> ByteCodec:
@@ -140,7 +199,7 @@ def _family(name: str) -> CodecFamily:
 @cache
 def _offered() -> dict[str, EntryPoint]:
     """Codecs of other packages by name; none of them takes the place of one of ours."""
-    ours = {RAW, PLANES, *_FAMILIES}
+    ours = {RAW, PLANES, *_FAMILIES, *TENSOR_FAMILIES}
     found = sorted(entry_points(group=GROUP), key=lambda entry: entry.name)
     return {entry.name: entry for entry in found if entry.name not in ours and _NAME.match(entry.name)}
 
@@ -166,4 +225,5 @@ def _names() -> list[str]:
 def _known() -> str:
     """The codec strings there are, without loading what other packages offer."""
     texts = (f"{name}[:LEVEL]" if name in _FAMILIES and _FAMILIES[name].takes else name for name in _names())
-    return ", ".join([RAW, *texts, f"{PLANES}[+CODEC]"])
+    tensors = (f"{name}[:GROUP]" if family.groups else name for name, family in TENSOR_FAMILIES.items())
+    return ", ".join([RAW, *texts, *(f"{name}[+CODEC]" for name in (PLANES, *tensors))])

@@ -18,7 +18,7 @@ from kvstore.breaker import Breaker
 from kvstore.chunk_fetch import ChunkFetcher
 from kvstore.chunk_flight import ChunkFlights, DiskSource, ReadTiers
 from kvstore.chunk_writer import ChunkWriter
-from kvstore.codecs.registry import parse_codec
+from kvstore.codecs.section_codecs import SectionCodecs
 from kvstore.disk.pending import Destination
 from kvstore.disk.tier import DiskTier
 from kvstore.errors import MisconfiguredError
@@ -113,6 +113,7 @@ class Assembler:
         self._metrics = metrics
         self._warn = WarnRarely(_log)
         self._limits = FetchLimits()
+        self._codecs = SectionCodecs(settings.codec, form, settings.lossless_layers)
         self._memory = self._memory_tier()
         with _allocating("KVSTORE_FETCH_CONCURRENCY", settings.fetch_concurrency):
             self._scratch, self._transit = (
@@ -121,10 +122,14 @@ class Assembler:
         with _allocating("KVSTORE_UPLOAD_CONCURRENCY", settings.upload_concurrency):
             # For uploads, for copies to the disk tier or uploads from the journal, and for journaling.
             buffers = 2 * settings.upload_concurrency + JOURNAL_PLACES
-            codec = parse_codec(settings.codec, form.layout.dtype.itemsize, form.row_bytes)
-            self._writer = ChunkWriter(form, codec, buffers)
+            self._writer = ChunkWriter(form, self._codecs, buffers, metrics.unquantized_sections.inc)
         self._disk = self._disk_tier()
         self._presence = Presence(settings.presence_ttl_s)
+
+    @property
+    def fidelity(self) -> str:
+        """What the store's namespaces must say of it."""
+        return self._codecs.fidelity
 
     def assemble(self, backend: Backend, loop: EventLoopThread) -> Assembly:
         """The parts, around `backend`, at work on `loop`."""
@@ -212,7 +217,7 @@ class Assembler:
             memory=self._memory,
             disk=None if disk is None else DiskSource(disk, self._disk_reader(disk)),
             presence=self._presence,
-            fetcher=ChunkFetcher(self._form, self._limits, loop, self._scratch, self._transit),
+            fetcher=ChunkFetcher(self._form, self._codecs, self._limits, loop, self._scratch, self._transit),
             backend=RangeReader(
                 "backend",
                 backend.read_into,

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 from kvstore.arena import Arena, Slot
 from kvstore.backends.contract import ABSENT, ReadResult
 from kvstore.chunk import ChunkHeader, check_header, decode_header, verify_section
-from kvstore.codecs.registry import decoder
+from kvstore.codecs.section_codecs import SectionCodecs
 from kvstore.errors import MissError, MissReason
 from kvstore.event_loop import EventLoopThread
 from kvstore.keys import ChunkKey, object_name
@@ -89,6 +89,7 @@ class StoredCopy(Protocol):
 class ChunkFetcher:
     """Reads chunks of one form.
 
+    codecs   decode their sections
     scratch  for sections on their way from stored to host form
     transit  for host form on its way to pages where memory is short
 
@@ -97,6 +98,7 @@ class ChunkFetcher:
     """
 
     form: ChunkForm
+    codecs: SectionCodecs
     limits: FetchLimits
     loop: EventLoopThread
     scratch: Arena
@@ -260,7 +262,7 @@ class ChunkFetcher:
             if codec is None:
                 host[:] = data[: section.stored_bytes]
             else:
-                decoder(codec).decode(data[: section.stored_bytes], host)
+                self.codecs.decoder(codec).decode(data[: section.stored_bytes], host)
             # The slot may be saved again as it lies; what stood there before may be another's.
             place[self.form.section_bytes :] = self.form.padding
 

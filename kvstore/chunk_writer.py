@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from kvstore.arena import Arena, Slot
 from kvstore.backends.contract import Buffer
 from kvstore.chunk import AS_IS, WRITER_BYTES, ChunkHeader, SectionEntry, checksum, encode_header
-from kvstore.codecs.contract import ByteCodec
+from kvstore.codecs.section_codecs import SectionCodecs
 from kvstore.keys import ChunkKey
 from kvstore.layout import ChunkForm
 
@@ -16,13 +16,17 @@ from kvstore.layout import ChunkForm
 class ChunkWriter:
     """Seals chunks of one form. Its random id names the writer in headers.
 
-    codec    encodes sections; one that does not shrink is stored as it is. None: none is encoded
-    buffers  how many chunks can be encoded at once
+    codecs          encode sections; one that does not shrink is stored as it is
+    buffers         how many chunks can be encoded at once
+    on_unquantized  called for each section that is lossless though a tensor codec was due
     """
 
-    def __init__(self, form: ChunkForm, codec: ByteCodec | None, buffers: int) -> None:
+    def __init__(
+        self, form: ChunkForm, codecs: SectionCodecs, buffers: int, on_unquantized: Callable[[], None]
+    ) -> None:
         self._form = form
-        self._codec = codec
+        self._codecs = codecs
+        self._on_unquantized = on_unquantized
         self._writer = secrets.token_bytes(WRITER_BYTES)
         # Encoded sections are written here; raw ones are sent from the slot itself.
         self.buffers = Arena(form.raw_bytes, buffers)
@@ -35,13 +39,15 @@ class ChunkWriter:
         host = slot.memory[self._form.header_bytes : self._form.raw_bytes]
         sections: list[SectionEntry] = []
         parts: list[Buffer] = []
-        if self._codec is None:
+        if not self._codecs.names:
             sections = [self._as_is(self._extent(host, layer)) for layer in range(self._form.layers)]
             parts = [host]
         else:
             offset = 0
             for layer in range(self._form.layers):
-                section, extent = self._encode(self._extent(host, layer), buffer.memory[offset:])
+                section, extent = self._encode(
+                    self._extent(host, layer), buffer.memory[offset:], layer, key.depth
+                )
                 sections.append(section)
                 offset += len(extent)
             parts = [buffer.memory[:offset]]
@@ -54,16 +60,21 @@ class ChunkWriter:
         length = self._form.section_bytes
         return SectionEntry(length, length, AS_IS, checksum(extent))
 
-    def _encode(self, extent: memoryview, out: memoryview) -> tuple[SectionEntry, memoryview]:
-        assert self._codec is not None
+    def _encode(
+        self, extent: memoryview, out: memoryview, layer: int, depth: int
+    ) -> tuple[SectionEntry, memoryview]:
         length = self._form.section_bytes
-        stored_bytes = self._codec.encode(extent[:length], out[: length - 1])
-        if stored_bytes is None:
+        codec, stored_bytes, unquantized = self._codecs.encode(
+            extent[:length], out[: length - 1], layer=layer, depth=depth
+        )
+        if unquantized:
+            self._on_unquantized()
+        if codec is None:
             out[: len(extent)] = extent
             return self._as_is(extent), out[: len(extent)]
         stored = out[: self._form.padded(stored_bytes)]
         stored[stored_bytes:] = bytes(len(stored) - stored_bytes)
-        return SectionEntry(stored_bytes, length, AS_IS + 1, checksum(stored)), stored
+        return SectionEntry(stored_bytes, length, AS_IS + 1 + codec, checksum(stored)), stored
 
     def _header(self, key: ChunkKey, sections: Sequence[SectionEntry], created_s: int) -> ChunkHeader:
         return ChunkHeader(
@@ -74,7 +85,7 @@ class ChunkWriter:
             shard=self._form.shard,
             tokens=self._form.layout.chunk_tokens,
             align=self._form.align,
-            codecs=() if self._codec is None else (self._codec.name,),
+            codecs=tuple(self._codecs.names),
             writer=self._writer,
             created_s=created_s,
             sections=tuple(sections),

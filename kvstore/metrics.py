@@ -34,6 +34,11 @@ class Metrics:
             "kvstore_late_layers", "Layers that were not in pages yet when asked for", registry=self.registry
         )
         self.saved_chunks = self._counter("saved_chunks", "Chunks given to save, by outcome", "outcome")
+        self.unquantized_sections = Counter(
+            "kvstore_unquantized_sections",
+            "Sections stored lossless that could not be quantized: NaN, infinities, very large numbers",
+            registry=self.registry,
+        )
         self.requests = self._counter("backend_requests", "Requests to the backend", "operation")
         self.refused = self._counter(
             "backend_refused", "Requests not made because the backend is switched off", "operation"

@@ -26,7 +26,8 @@ class Namespace:
     layout            geometry of the cache
     attention         RoPE and attention variant, as canonical text from the model's config
     lora              id of the LoRA adapter in use, empty for none
-    fidelity          `lossless`, or the name of the lossy codec whose output is stored
+    fidelity          `lossless`, or which tensor codec rounds the numbers and what it leaves alone:
+                      `KVStore.fidelity` of the store in use
     """
 
     model: str

@@ -65,12 +65,19 @@ def _check_file(value: str) -> str:
 
 
 def _check_codec(value: str) -> str:
-    from kvstore.codecs.registry import parse_codec
+    from kvstore.codecs.registry import split_codec
 
     try:
-        parse_codec(value)
+        split_codec(value)
     except MisconfiguredError as error:
         raise ValueError(str(error)) from None
+    return value
+
+
+def _check_lossless_layers(value: str) -> str:
+    from kvstore.codecs.section_codecs import check_lossless_layers
+
+    check_lossless_layers(value)
     return value
 
 
@@ -157,7 +164,11 @@ class Settings(BaseSettings):
     codec: Annotated[str, AfterValidator(_check_codec)] = Field(
         "none",
         description="none, lz4, zstd, zstd:LEVEL, planes+zstd (for floats) or another that `kvstore codecs` "
-        "lists: how sections are compressed when saved",
+        "lists: how sections are compressed when saved; int8, int4 and fp8 change numbers, within bounds",
+    )
+    lossless_layers: Annotated[str, AfterValidator(_check_lossless_layers)] = Field(
+        "",
+        description="layer numbers such as 0,1,-1 (the last), which int8, int4 and fp8 leave as they are",
     )
     chunk_tokens: Annotated[int, BeforeValidator(_no_bool), Field(ge=1, le=1 << 20)] = Field(
         256, description="tokens of one stored chunk, a whole number of the engine's pages"

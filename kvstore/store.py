@@ -38,6 +38,9 @@ ENGINE_TIMEOUT_S = 5.0
 class KVStore:
     """Keeps chunks of one KV layout and shard, for any number of namespaces with that layout.
 
+    fidelity  what namespaces used with this store must say of it, by KVSTORE_CODEC and
+              KVSTORE_LOSSLESS_LAYERS: `lossless`, or the tensor codec and its parameters
+
     Thread-safe. Trouble with the backend never raises here: it is a miss or a failed save,
     counted in `metrics` and logged once. What does raise is a caller's or a setting's mistake.
     """
@@ -68,6 +71,7 @@ class KVStore:
         self.metrics = Metrics()
         self._settings = settings
         assembler = Assembler(form, settings, self.metrics)
+        self.fidelity = assembler.fidelity
         self._loop = EventLoopThread(workers=min(8, (os.cpu_count() or 1) + 2))
         self._parts = assembler.assemble(backend, self._loop)
         self._patience_s = settings.save_timeout_s if settings.when_full == "block" else 0.0
@@ -108,9 +112,10 @@ class KVStore:
 
         tenant_salt  by default the one of the settings
 
-        Raises LayoutMismatchError, showing both layouts, if the namespace has another one.
+        Raises LayoutMismatchError, showing both layouts, if the namespace has another one, and
+        MisconfiguredError, showing both, if it has another fidelity than KVSTORE_CODEC gives.
         """
-        self._check_layout(namespace)
+        self._check_namespace(namespace)
         salt = self._settings.tenant_salt.get_secret_value() if tenant_salt is None else tenant_salt
         return PrefixChain.of(namespace, tokens, tenant_salt=salt, extra_keys=extra_keys)
 
@@ -120,7 +125,7 @@ class KVStore:
         timeout_s  by default KVSTORE_LOOKUP_TIMEOUT_S; then what is known so far is the answer
         """
         self._check_open()
-        self._check_layout(chain.namespace)
+        self._check_namespace(chain.namespace)
         return self._parts.lookups.at_once(chain.keys) or self._loop.run(
             self._parts.lookups.run(chain.keys, _given(timeout_s, self._settings.lookup_timeout_s))
         )
@@ -293,15 +298,22 @@ class KVStore:
         reach(Failpoint.GATHERED)
         return slot
 
-    def _check_layout(self, namespace: Namespace) -> None:
+    def _check_namespace(self, namespace: Namespace) -> None:
         if namespace.layout != self.layout:
             raise LayoutMismatchError(
                 "the engine's KV layout is not the store's, so nothing could be shared:\n"
                 f"  engine: {namespace.layout}\n  store:  {self.layout}"
             )
+        if namespace.fidelity != self.fidelity:
+            raise MisconfiguredError(
+                f"the namespace's fidelity is {namespace.fidelity!r}, but with "
+                f"KVSTORE_CODEC={self._settings.codec} and "
+                f"KVSTORE_LOSSLESS_LAYERS={self._settings.lossless_layers} the store's is {self.fidelity!r}; "
+                "set them to what the namespace says, or make it with fidelity=store.fidelity"
+            )
 
     def _check_span(self, span: range, chain: PrefixChain) -> None:
-        self._check_layout(chain.namespace)
+        self._check_namespace(chain.namespace)
         if span.step != 1 or not 0 <= span.start <= span.stop <= len(chain):
             raise MisconfiguredError(f"{span} is no span of a chain of {len(chain)} chunks")
 

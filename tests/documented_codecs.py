@@ -6,11 +6,22 @@ import struct
 
 import lz4.block
 import zstandard
+from documented_tensors import read_quantized, stored_bytes_of
+
+from kvstore.layout import KVLayout
 
 
-def read_section(codec: str, stored: bytes, host_bytes: int) -> bytes:
-    """The host form of a section whose header names `codec`."""
+def read_section(
+    codec: str, stored: bytes, host_bytes: int, layout: KVLayout | None = None, heads: int = 0
+) -> bytes:
+    """The host form of a section whose header names `codec`; `layout` and `heads` for quantized ones."""
     first, _, inner = codec.partition("+")
+    if first.partition(":")[0] in ("int8", "int4", "fp8"):
+        assert layout is not None
+        if inner:
+            length = stored_bytes_of(first, layout, heads, int.from_bytes(stored[:4], "little"))
+            stored = stored[:4] + read_section(inner, stored[4:], length - 4)
+        return read_quantized(first, stored, layout, heads).host
     if inner:
         return _read_planes(int(first.removeprefix("planes")), inner, stored, host_bytes)
     if codec == "lz4":

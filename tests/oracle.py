@@ -11,6 +11,7 @@ from samples import FORM, name_of
 from kvstore.arena import Arena
 from kvstore.chunk_writer import ChunkWriter
 from kvstore.codecs.registry import decoder
+from kvstore.codecs.section_codecs import SectionCodecs
 from kvstore.disk.pending import PendingName, verified_header
 from kvstore.errors import MissError
 from kvstore.keys import ChunkKey
@@ -81,4 +82,5 @@ def sealed(key: ChunkKey, writer: str) -> bytes:
     for layer in range(FORM.layers):
         host += content(key, layer, writer) + FORM.padding
     slot.memory[FORM.header_bytes : FORM.raw_bytes] = host
-    return b"".join(ChunkWriter(FORM, None, 1).seal(key, slot, slot, created_s=1))
+    chunk_writer = ChunkWriter(FORM, SectionCodecs("none", FORM), 1, lambda: None)
+    return b"".join(chunk_writer.seal(key, slot, slot, created_s=1))

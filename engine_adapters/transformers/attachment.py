@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import logging
 from collections import Counter
@@ -71,6 +72,7 @@ def attach(
     weights = WeightsWatch(model)
     namespace = model_namespace(model, layout, weights_revision)
     used = _connected_store(layout, settings) if store is None else store
+    namespace = dataclasses.replace(namespace, fidelity=used.fidelity)
     copier = page_copier(used.form, geometry.devices)
     attached = AttachedModel(model, geometry, weights, namespace, used, copier, WarnRarely(_log))
     return Attachment(attached, owns_store=store is None)

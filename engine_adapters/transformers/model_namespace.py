@@ -38,7 +38,7 @@ _INERT_FIELDS = frozenset(
 
 
 def model_namespace(model: PreTrainedModel, layout: KVLayout, weights_revision: str | None) -> Namespace:
-    """The namespace to keep the KV of `model` under.
+    """The namespace to keep the KV of `model` under, bit by bit.
 
     weights_revision  names the exact weights; None: a fingerprint of the weights in memory does
 

@@ -7,7 +7,10 @@ def test_codecs_are_listed_with_what_they_take_and_guarantee(kvstore):
     assert ended.code == 0
     assert {"none", "lz4", "zstd", "planes"} <= set(listed)
     assert listed["zstd"]["takes"] == "LEVEL 1 to 22, default 1"
-    assert {row["fidelity"] for row in listed.values()} == {"lossless"}
+    lossy = {name: row["fidelity"] for name, row in listed.items() if row["fidelity"] != "lossless"}
+    assert lossy == {"int8": "int8", "int4": "int4:64", "fp8": "fp8"}
+    assert listed["int4"]["takes"] == ":GROUP of 32, 64, 128, default 64; then +CODEC, a byte codec"
+    assert "1/254 of the head's largest value" in listed["int8"]["about"]
 
 
 def test_people_see_the_same_codecs_as_programs(kvstore):

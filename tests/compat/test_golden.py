@@ -29,47 +29,69 @@ EXTRA_KEYS = ([], [b"image 1", b"image 2"])
 
 @pytest.fixture(params=INDEX)
 def golden(request):
-    return INDEX[request.param] | {"data": (V1 / f"{request.param}.kvc").read_bytes()}
+    return entry(request.param)
+
+
+def entry(name):
+    """What the index says; objects of before tensor codecs are all second chunks, and lossless."""
+    usual = {"chunk": 1, "codec": "none", "lossless_layers": "", "fidelity": "lossless"}
+    return usual | INDEX[name] | {"data": (V1 / f"{name}.kvc").read_bytes()}
+
+
+def layout_of(golden):
+    return KVLayout(**golden["layout"] | {"dtype": DType(golden["layout"]["dtype"])})
 
 
 def chain_of(golden):
-    layout = KVLayout(**golden["layout"] | {"dtype": DType(golden["layout"]["dtype"])})
     namespace = Namespace(
         model="golden/model",
         weights_revision="0123456789abcdef",
-        layout=layout,
+        layout=layout_of(golden),
         attention='{"rope_theta": 10000.0}',
         lora=golden["lora"],
+        fidelity=golden["fidelity"],
     )
     return PrefixChain.of(namespace, TOKENS, tenant_salt=SALT, extra_keys=EXTRA_KEYS)
 
 
 class Sections:
-    def __init__(self):
+    def __init__(self, chunk):
+        self.chunk = chunk
         self.sha256 = {}
 
     def scatter(self, layer, indices, sections):
-        assert list(indices) == [1]
+        assert list(indices) == [self.chunk]
         self.sha256[layer] = hashlib.sha256(sections[0]).hexdigest()
 
 
 def load(golden, data, name=None):
-    """Load chunk 1 from a store whose one object is `data`; result and hashes of sections by layer."""
+    """Load the chunk from a store whose one object is `data`; result and hashes of sections by layer."""
     chain = chain_of(golden)
     backend = MemoryBackend({name or golden["object_name"]: StoredObject(data, "1", 0.0)})
     start, stop = map(int, golden["shard"].split("-"))
-    settings = Settings(bucket="memory://", prefix="golden", memory_bytes=1 << 20)
-    sections = Sections()
+    # No more than what the namespace says, too.
+    codec = golden["codec"].partition("+")[0] if golden["fidelity"] != "lossless" else "none"
+    settings = Settings(
+        bucket="memory://",
+        prefix="golden",
+        memory_bytes=1 << 20,
+        codec=codec,
+        lossless_layers=golden["lossless_layers"],
+    )
+    chunk = golden["chunk"]
+    sections = Sections(chunk)
     with KVStore.open(
         chain.namespace.layout, shard=Shard(start, stop), settings=settings, backend=backend
     ) as store:
-        return store.load(chain, range(1, 2), sections).wait(60), sections.sha256
+        return store.load(chain, range(chunk, chunk + 1), sections).wait(60), sections.sha256
 
 
 def test_there_are_golden_objects_of_every_kind():
     assert set(INDEX) == {
         *("raw", "raw-shard", "zstd", "zstd-mixed", "zstd-opaque", "lz4"),
         *("planes", "planes-float32", "planes-float8", "planes-lz4", "planes-rows", "planes-opaque"),
+        *("int8-plain", "int8-first", "int8-float32", "int4-plain", "int4-first", "int4-float32"),
+        *("fp8-plain", "fp8-first", "fp8-float32"),
     }
     assert {path.stem for path in V1.glob("*.kvc")} == set(INDEX)
 
@@ -92,10 +114,10 @@ def test_p14_a_golden_object_damaged_anywhere_is_a_miss(golden):
 
 
 def test_p14_a_golden_object_under_another_name_is_a_miss(golden):
-    for other in INDEX.values():
+    for other in map(entry, INDEX):
         if other["object_name"] != golden["object_name"] and other["layout"] == golden["layout"]:
             result, _ = load(other, golden["data"])
-            assert result.failures == {1: MissReason.WRONG_KEY}
+            assert result.failures == {other["chunk"]: MissReason.WRONG_KEY}
 
 
 def test_p14_a_golden_object_is_what_the_format_document_says(golden):
@@ -113,7 +135,7 @@ def test_p14_a_golden_object_is_what_the_format_document_says(golden):
     }
     assert (header["hash"], header["shard"]) == (parts.hash, [parts.shard.start, parts.shard.stop])
     assert header["namespace"].hex()[:16] == parts.namespace_name
-    assert (header["depth"], header["tokens"]) == (1, golden["layout"]["chunk_tokens"])
+    assert (header["depth"], header["tokens"]) == (golden["chunk"], golden["layout"]["chunk_tokens"])
     start, found = len(region), []
     for stored_bytes, host_bytes, codec, digest in struct.iter_unpack("<IIB16s", header["sections"]):
         stop = start - -stored_bytes // header["align"] * header["align"]
@@ -121,7 +143,8 @@ def test_p14_a_golden_object_is_what_the_format_document_says(golden):
         assert not any(data[start + stored_bytes : stop])
         stored = data[start : start + stored_bytes]
         if codec:
-            stored = read_section(header["codecs"][codec - 1], stored, host_bytes)
+            heads = parts.shard.heads
+            stored = read_section(header["codecs"][codec - 1], stored, host_bytes, layout_of(golden), heads)
         assert len(stored) == host_bytes
         found.append(hashlib.sha256(stored).hexdigest())
         start = stop
@@ -142,6 +165,11 @@ def test_some_golden_sections_are_encoded_and_some_are_not():
     assert codecs["planes"] == codecs["planes-float32"] == codecs["planes-float8"] == [1, 1, 1, 1]
     assert codecs["planes-lz4"] == [1, 1, 1, 1]
     assert codecs["planes-opaque"] == [1, 1]
+    for name in ("int8", "int4", "fp8"):
+        # As they are; behind a byte codec; and lossless by it.
+        assert codecs[f"{name}-plain"] == [1, 1, 0, 1]
+        assert codecs[f"{name}-first"] == [2, 3, 2, 3]
+        assert codecs[f"{name}-float32"] == [2, 2, 3, 2]
 
 
 def test_golden_objects_cannot_be_overwritten_by_their_maker():

@@ -24,6 +24,7 @@ from disk_samples import (
 from kvstore.arena import Arena
 from kvstore.chunk_fetch import ChunkFetcher
 from kvstore.chunk_flight import ChunkFlight
+from kvstore.codecs.section_codecs import SectionCodecs
 from kvstore.disk.events import Departure
 from kvstore.disk.tier import DiskTier
 from kvstore.errors import MissError, MissReason
@@ -56,6 +57,7 @@ class Reader:
         self._slots = Arena(FORM.raw_bytes, 1)
         self._fetcher = ChunkFetcher(
             FORM,
+            SectionCodecs("none", FORM),
             LIMITS,
             OnThisLoop(),  # type: ignore[arg-type]
             Arena(slot_bytes, 4),

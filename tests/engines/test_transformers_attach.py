@@ -113,3 +113,25 @@ def test_a_store_that_attach_opens_is_connected_before_the_first_lookup(llama, m
     monkeypatch.setattr("kvstore.store.open_backend", lambda settings: SlowToConnect())
     with attach(llama, settings=settings_of()) as attachment:
         assert attachment.store.wait_connected(0)
+
+
+@pytest.mark.parametrize("codec", ["int8+zstd", "int4:32", "fp8"])
+def test_kv_that_is_quantized_is_kept_apart_and_restored_by_those_who_set_the_same(llama, objects, codec):
+    ids = prompt()
+    fill(llama, objects, ids)
+    for reused in (0, 56):
+        with attached(llama, objects, codec=codec, lossless_layers="0") as attachment:
+            output = generate(llama, ids)
+            assert attachment.last.reused_tokens == reused
+            assert attachment.namespace.fidelity == attachment.store.fidelity
+            assert attachment.namespace.fidelity.endswith(" lossless_tokens=4 lossless_layers=0")
+            assert all(logits.isfinite().all() for logits in output.logits)
+    with attached(llama, objects) as attachment:
+        generate(llama, ids)
+        assert (attachment.last.reused_tokens, attachment.namespace.fidelity) == (56, "lossless")
+
+
+def test_a_codec_that_is_not_for_the_models_cache_is_refused_and_the_model_left_alone(llama):
+    with pytest.raises(MisconfiguredError, match="KVSTORE_CODEC=int8: int8 does not shrink"):
+        attach(llama, settings=settings_of(codec="int8", chunk_tokens=1))
+    assert "generate" not in vars(llama)

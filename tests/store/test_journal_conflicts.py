@@ -65,6 +65,8 @@ def test_p1_a_chunk_removed_from_the_journal_is_not_said_to_be_stored(journaling
     occupy_the_only_place(store, backend)
     handle = save(store, Durability.JOURNALED)
     handle.wait(PATIENCE_S)
+    # From disk alone, from now on.
+    wait_until(lambda: store._parts.writes._disk.backlog._known)
     shutil.rmtree(tmp_path / "pending")
     gate.open()
     store.flush(PATIENCE_S)

@@ -3,7 +3,7 @@ import sys
 import pytest
 
 from kvstore.codecs import registry
-from kvstore.codecs.registry import decoder, known_codecs, parse_codec
+from kvstore.codecs.registry import decoder, known_codecs, parse_codec, split_codec
 from kvstore.errors import MisconfiguredError, MissError, MissReason
 from kvstore.settings import Settings
 
@@ -116,6 +116,60 @@ def test_an_unknown_codec_is_refused_with_those_that_are_known(text):
         parse_codec(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "tensor", "bytes_"),
+    [
+        ("none", None, "none"),
+        ("planes+zstd:3", None, "planes+zstd:3"),
+        ("int8", "int8", "none"),
+        ("int8+zstd:3", "int8", "zstd:3"),
+        ("int4", "int4:64", "none"),
+        ("int4:64", "int4:64", "none"),
+        ("int4:32+lz4", "int4:32", "lz4"),
+        ("fp8+zstd", "fp8", "zstd"),
+    ],
+)
+def test_a_codec_string_is_a_tensor_codec_and_a_byte_codec(text, tensor, bytes_):
+    assert split_codec(text) == (tensor, bytes_)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "gzip",
+        "INT8",
+        "int8:",
+        "int8:64",
+        "fp8:1",
+        "int4:",
+        "int4:16",
+        "int4:064",
+        "int4:-64",
+        "int8+",
+        "+int8",
+        "int8+none",
+        "int8+planes",
+        "int8+planes+zstd",
+        "int8+fp8",
+        "int8+zstd:",
+        "int8+zstd+lz4",
+        "planes+int8",
+        "zstd+int8",
+    ],
+)
+def test_an_unknown_tensor_codec_is_refused_with_those_that_are_known(text):
+    with pytest.raises(
+        MisconfiguredError, match=r"none, lz4, .*int8\[\+CODEC\], int4\[:GROUP\]\[\+CODEC\], fp8\[\+CODEC\]"
+    ) as error:
+        split_codec(text)
+    assert repr(text) in str(error.value)
+
+
+def test_a_tensor_codec_is_no_byte_codec():
+    with pytest.raises(MisconfiguredError, match="int8 changes numbers"):
+        parse_codec("int8")
+
+
 @pytest.mark.parametrize("level", [0, -1, 23, 10**9])
 def test_a_level_out_of_range_is_refused_with_the_range(level):
     with pytest.raises(MisconfiguredError, match="from 1 to 22"):
@@ -185,9 +239,10 @@ def test_an_unknown_codec_is_refused_with_those_of_other_packages_too():
 @pytest.mark.usefixtures("plugin")
 def test_every_known_codec_is_listed_with_where_it_comes_from():
     rows = {row.codec: row for row in known_codecs()}
-    assert set(rows) == {"none", "lz4", "zstd", "planes", "inverted", *BROKEN}
+    assert set(rows) == {"none", "lz4", "zstd", "planes", "int8", "int4", "fp8", "inverted", *BROKEN}
     assert rows["inverted"].origin == "kvstore-test-plugin"
     assert rows["zstd"].origin == "kvstore"
-    assert {row.fidelity for row in rows.values()} == {"lossless"}
+    lossy = {name: row.fidelity for name, row in rows.items() if row.fidelity != "lossless"}
+    assert lossy == {"int8": "int8", "int4": "int4:64", "fp8": "fp8"}
     for name in BROKEN:
         assert "cannot be used" in rows[name].about
