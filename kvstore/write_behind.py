@@ -411,7 +411,8 @@ class WriteBehind:
         if fill is None:
             return
         try:
-            if await fill.write(0, parts):
+            # With no buffer left for uploads, the disk is slower by far: then the copy has to go.
+            if self._writer.buffers.free and await fill.write(0, parts):
                 await fill.commit()
                 reach(Failpoint.DISK_FILLED)
         finally:

@@ -199,7 +199,8 @@ def test_p8_remote_does_not_wait_for_a_copy_to_the_disk_tier_that_hangs(
 ):
     hanging = hung(monkeypatch, DiskFolder, "publish")
     store = journaling(ScriptedBackend(), upload_concurrency=1)
-    handle = save(store, Durability.REMOTE, chain_of(4))
+    # More than there are buffers.
+    handle = save(store, Durability.REMOTE, chain_of(12))
     assert set(handle.wait(PATIENCE_S).values()) == {STORED}
     hanging.wait_arrivals()
     hanging.open()
