@@ -50,24 +50,21 @@ from benchmarks.quality_report import say_table, write_docs
 from benchmarks.quality_task import Size, Task, check_length, cut_windows
 from benchmarks.quality_text import TextFile, find_text
 from benchmarks.report import machine, print_result, say
-from benchmarks.trained_kv import write_kv
+from benchmarks.trained_kv import CACHE, write_kv
 from benchmarks.trained_model import ON_CPU, ModelFolder, Recipe, recipe_for, trained_model
 
 # Every codec there is stands here, at the levels worth knowing: a test compares with the registry.
 CODECS = ("none", "lz4", "zstd:1", "planes+zstd", "planes+zstd:3")
-CACHE = Path(".cache/quality")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
+    given = options.model and _given_model(options.model, options.cache)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     recipe = recipe_for(device, **{field.name: getattr(options, field.name) for field in fields(Recipe)})
     # Held-out text is the same whatever the model: a given one may have seen it, and is compared with itself.
     corpus = find_text(recipe.text_bytes)
-    if options.model is None:
-        folder = trained_model(recipe, corpus, options.cache, device)
-    else:
-        folder = _given_model(options.model, options.cache)
+    folder = given or trained_model(recipe, corpus, options.cache, device)
     size = Size(options.windows, options.chunk_tokens, options.chunks, options.new_tokens)
     task = _task(folder, corpus.held_out, size, device)
     result = _measure(task, folder, options.codecs)

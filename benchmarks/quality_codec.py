@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,10 +12,9 @@ from itertools import islice
 import torch
 
 from benchmarks.quality_task import Answer, States, Task
-from benchmarks.report import timed
+from benchmarks.section_speed import HostSection, section_speed
 from kvstore.backends.memory import MemoryBackend, StoredObject
 from kvstore.chunk import decode_header
-from kvstore.codecs.registry import decoder, parse_codec
 from kvstore.engine_adapters.transformers import Attachment, attach
 from kvstore.engine_adapters.transformers.geometry import observe_geometry
 from kvstore.keys import parse_object_name
@@ -27,7 +26,6 @@ from kvstore.store import KVStore
 _REVISION = "quality"
 _PATIENCE_S = 600.0
 _TIMED_SECTIONS = 64
-_TIMED_ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -47,6 +45,7 @@ class CodecTrial:
         geometry = observe_geometry(task.model)
         self._layout: KVLayout = geometry.layout(task.size.chunk_tokens)
         self._form = ChunkForm(self._layout, self._layout.whole)
+        self._timed = self._sample()
 
     def row(self, codec: str) -> dict[str, object]:
         """What is printed of a codec, by the names that docs/quality.md explains."""
@@ -58,24 +57,21 @@ class CodecTrial:
             "ratio": round(ratio.whole, 4),
             "ratio_by_layer": [round(one, 3) for one in ratio.by_layer],
             **compare(self._reference, restored),
-            **self._speed(codec),
+            **section_speed(codec, self._form, self._timed),
         }
 
     def describe(self) -> dict[str, str | int]:
         """What sections hold."""
         return {**self._layout.describe(), "section_bytes": self._form.section_bytes}
 
-    def sections(self) -> Iterator[bytes]:
-        """Sections of the reference's KV in host form, the layers of one chunk after the other."""
-        for window in range(self._task.size.windows):
-            for chunk in range(self._task.size.chunks):
-                for layer in self._reference.states:
-                    yield b"".join(self._plane(states[window], chunk) for states in layer)
-
-    def _plane(self, states: torch.Tensor, chunk: int) -> bytes:
-        tokens = self._task.size.chunk_tokens
-        part = states[:, chunk * tokens : (chunk + 1) * tokens].cpu().contiguous()
-        return part.view(torch.uint8).numpy().tobytes()
+    def _sections(self) -> Iterator[HostSection]:
+        """The reference's KV in host form, the layers of one chunk after the other."""
+        size = self._task.size
+        for window, chunk in itertools.product(range(size.windows), range(size.chunks)):
+            tokens = slice(chunk * size.chunk_tokens, (chunk + 1) * size.chunk_tokens)
+            for number, planes in enumerate(self._reference.states):
+                parts = [_bytes(states[window, :, tokens]) for states in planes]
+                yield HostSection(b"".join(parts), number, chunk)
 
     def _save(self, codec: str, objects: dict[str, StoredObject]) -> None:
         with self._attached(codec, objects) as attachment:
@@ -134,46 +130,18 @@ class CodecTrial:
             [len(chunks) * self._form.section_bytes / stored_bytes for stored_bytes in by_layer],
         )
 
-    def _speed(self, name: str) -> dict[str, float | None]:
-        """Host bytes per CPU second, in GB: medians over rounds. None where nothing is encoded."""
-        codec = parse_codec(name, self._layout.dtype.itemsize, self._form.row_bytes)
-        if codec is None:
-            return {"encode_gbps": None, "decode_gbps": None}
-        hosts = self._sample()
-        reader = decoder(codec.name)
-        out, back = (memoryview(bytearray(self._form.section_bytes)) for _ in range(2))
-        encode_s, decode_s = [], []
-        for _ in range(_TIMED_ROUNDS):
-            stored: list[bytes] = []
-            spent_s = 0.0
-            for host in hosts:
-                with timed() as timing:
-                    length = codec.encode(host, out[:-1])
-                spent_s += timing().cpu_s
-                stored += [] if length is None else [bytes(out[:length])]
-            encode_s.append(spent_s)
-            spent_s = 0.0
-            for data in stored:
-                with timed() as timing:
-                    reader.decode(memoryview(data), back)
-                spent_s += timing().cpu_s
-            decode_s.append(spent_s)
-        return {
-            "encode_gbps": self._gbps(len(hosts), encode_s),
-            "decode_gbps": self._gbps(len(stored), decode_s) if stored else None,
-        }
-
-    def _gbps(self, sections: int, rounds_s: Sequence[float]) -> float:
-        return round(sections * self._form.section_bytes / statistics.median(rounds_s) / 1e9, 3)
-
-    def _sample(self) -> list[memoryview]:
+    def _sample(self) -> list[HostSection]:
         """Sections to time codecs on."""
         size, layers = self._task.size, self._form.layers
         step = max(1, size.windows * size.chunks * layers // _TIMED_SECTIONS)
         # With no factor in common with the number of layers, so that each layer has its share.
         while math.gcd(step, layers) > 1:
             step += 1
-        return [memoryview(host) for host in islice(self.sections(), 0, None, step)]
+        return list(islice(self._sections(), 0, None, step))
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def compare(reference: Answer, restored: Answer) -> dict[str, float]:

@@ -55,8 +55,8 @@ def markdown(result: Mapping[str, Any]) -> str:
         "forced agreement | max error | relative error | encode GB/s | decode GB/s"
     )
     kv = (
-        f"{layout['layers']} layers, {layout['kv_heads']} kv heads of {layout['head_dim']}, {layout['dtype']}, "
-        f"sections of {layout['section_bytes'] >> 10} KiB"
+        f"{layout['layers']} layers, {layout['kv_heads']} kv heads of {layout['head_dim']}, "
+        f"{layout['dtype']}, sections of {layout['section_bytes'] >> 10} KiB"
     )
     task = (
         f"{result['windows']} prefixes of {result['prefix_tokens']} tokens of held-out text and "

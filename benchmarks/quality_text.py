@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -98,14 +99,14 @@ def _packages() -> Iterator[tuple[str, Path]]:
             yield package, Path(found.origin).parent
 
 
-def _list(folder: Path) -> Iterator[Path]:
-    for path in folder.rglob("*"):
-        left_out = LEFT_OUT.intersection(path.relative_to(folder).parts)
-        if left_out or not (folder == LICENCES or path.suffix in SUFFIXES):
-            continue
-        # Tables fill large files, and small ones say too little.
-        if path.is_file() and path.stat().st_size in FILE_BYTES:
-            yield path
+def _list(root: Path) -> Iterator[Path]:
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in LEFT_OUT]
+        for path in (Path(folder, name) for name in names):
+            wanted = root == LICENCES or path.suffix in SUFFIXES
+            # Tables fill large files, and small ones say too little.
+            if wanted and path.is_file() and path.stat().st_size in FILE_BYTES:
+                yield path
 
 
 def _order(name: str) -> bytes:
