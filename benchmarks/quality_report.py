@@ -110,7 +110,7 @@ def _model_name(model: Mapping[str, Any]) -> str:
     tokens = (recipe["short_steps"] + recipe["long_steps"]) * recipe["step_tokens"]
     return (
         f"a Llama of {model['parameters'] / 1e6:.1f} M parameters, trained on {tokens / 1e6:.1f} M tokens in "
-        f"{model['training_s']:.0f} s ({model['trained_on']})"
+        f"{model['training_s']:.0f} s ({model['training_cpu_s']:.0f} CPU s, {model['trained_on']})"
     )
 
 
