@@ -130,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", type=Path, help="a folder as transformers keeps models; MODEL=folder")
     parser.add_argument("--codecs", nargs="+", default=CODECS, help="codec strings to measure")
-    parser.add_argument("--windows", type=int, default=16, help="texts asked about")
+    parser.add_argument("--windows", type=int, default=8, help="texts asked about")
     parser.add_argument("--chunks", type=int, default=2, help="chunks of a prefix")
     parser.add_argument("--chunk-tokens", type=int, default=256)
     parser.add_argument("--new-tokens", type=int, default=512, help="tokens generated, and scored, after it")
