@@ -14,7 +14,7 @@ define CHECK_PYTHON
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-integration torture s3-up s3-down bench lint types clean
+.PHONY: help demo test test-integration torture s3-up s3-down bench quality lint types clean
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -62,6 +62,9 @@ bench: $(if $(filter $(BENCH_ALONE),$(NAME)),$(BENCH_STAMP),$(STAMP)) ## Run one
 	@grep -qsF 'prog="make bench NAME=$(NAME)"' benchmarks/*.py || { echo "make bench: NAME='$(NAME)' is no benchmark;" \
 		"one of:" $$(sed -n 's/.*prog="make bench NAME=\(\w*\)".*/\1/p' benchmarks/*.py) >&2; exit 2; }
 	@$(if $(filter $(BENCH_ALONE),$(NAME)),$(BENCH_VENV)/bin,$(BIN))/python -m benchmarks.$(NAME) $(ARGS)
+
+quality: $(STAMP) ## What codecs cost a trained model's answers (MODEL=folder; ARGS=--help); minutes
+	@$(BIN)/python -m benchmarks.quality $(if $(MODEL),--model "$$MODEL") $(ARGS)
 
 lint: $(STAMP) ## Check style (ruff)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

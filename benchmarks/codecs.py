@@ -1,11 +1,15 @@
 """What codecs save and cost: ratio and GB/s of one core, on KV that is given or made up.
 
+    make bench NAME=codecs
     make bench NAME=codecs ARGS='--kv FOLDER'
+    make bench NAME=codecs ARGS=--made-up
 
+Without --kv, the KV of the trained model that `make quality` has left under .cache/quality is taken.
 FOLDER holds .npy or .safetensors files (or is one): tensors of (sections, ..., tokens, heads, dim), so
 that each first index is one layer's keys and values of one chunk. numpy's uint16 stands for bfloat16.
-Without --kv, sections have the shape of Llama-3-8B in bfloat16 and hold a bell curve whose width differs
-from channel to channel (log-normal, sigma 0.5); that is noise, a trained model's KV is what counts.
+With --made-up, or where there is no KV, sections have the shape of Llama-3-8B in bfloat16 and hold a bell
+curve whose width differs from channel to channel (log-normal, sigma 0.5); that is noise, a trained model's
+KV is what counts.
 
 Each codec encodes and decodes every section in each round, one thread, codecs in turn; times are CPU
 seconds, medians over the rounds. Every section must come back bit by bit. A section that a codec does
@@ -31,6 +35,7 @@ import zstandard
 
 from benchmarks.command_line import add_number, add_rounds, parser_of
 from benchmarks.report import machine, print_result, say, timed
+from benchmarks.trained_kv import CACHE, newest_kv
 from kvstore.codecs.registry import decoder, parse_codec
 
 LOSSLESS = "planes+zstd"
@@ -133,13 +138,17 @@ class Measured:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = parser_of(prog="make bench NAME=codecs", description=__doc__)
     parser.add_argument("--kv", type=Path, help="a .npy or .safetensors file, or a folder of them")
+    parser.add_argument("--made-up", action="store_true", help="noise, whatever KV there is")
     add_number(parser, "--sections", 16, "sections to make up; without --kv")
     add_rounds(parser, 5)
     parser.add_argument(
         "--codecs", nargs="+", default=CODECS, help="what to measure, as KVSTORE_CODEC takes it"
     )
     options = parser.parse_args(arguments)
-    sections = _read(options.kv) if options.kv else _make_up(options.sections)
+    kv = None if options.made_up else options.kv or newest_kv()
+    if kv is None and not options.made_up:
+        say("there is no KV of a trained model: `make quality` makes it")
+    sections = _make_up(options.sections) if kv is None else _read(kv)
     print_result(_measure(sections, dict.fromkeys([LOSSLESS, *options.codecs]), options.rounds))
 
 
@@ -193,7 +202,9 @@ def _read(path: Path) -> Sections:
     if len(forms) != 1:
         raise SystemExit(f"{path}: needs .npy or .safetensors files of one element size and row, has {forms}")
     hosts = [host for tensor in tensors for host in tensor.hosts]
-    return Sections(f"read from {path.name}", *forms.pop(), hosts)
+    trained = path.is_relative_to(CACHE)
+    source = f"a trained model's, {path}, by make quality" if trained else f"read from {path.name}"
+    return Sections(source, *forms.pop(), hosts)
 
 
 def _tensors(file: Path) -> Iterator[Sections]:
