@@ -200,10 +200,10 @@ class KVStore:
         with self._closing:
             if self._closed:
                 return FlushReport(0, 0)
-            self._closed = True
-            self._parts.writes.refuse()
             until_s = time.monotonic() + self._settings.close_timeout_s
+            self._closed = True
             try:
+                self._parts.writes.refuse()
                 report = self._last_flush(self._settings.close_timeout_s)
                 self._parts.writes.wait_idle(until_s - time.monotonic())
             finally:
