@@ -71,6 +71,13 @@ class TensorCodec(Protocol):
         """
         ...
 
+    def check(self, quantized: memoryview) -> None:
+        """Raises MissError(BAD_ENCODING) unless `quantized` is what `encode` can have written.
+
+        Whoever dequantizes what has passed gets no NaN and no infinity but in lossless tokens.
+        """
+        ...
+
     def decode(self, stored: memoryview, out: memoryview) -> None:
         """See ByteCodec.decode: `out` is filled with numbers within the bound, none of them NaN or infinite
 

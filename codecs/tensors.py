@@ -75,20 +75,32 @@ class QuantizedCodec:
             start += self._plane_bytes(plane)
         return start
 
+    def check(self, quantized: memoryview) -> None:
+        """See TensorCodec.check."""
+        start = _FIRST.size
+        for plane in self._planes_of(quantized):
+            exact = self._exact(plane, quantized[start:])
+            plane.parameters(quantized[start + exact.nbytes : start + self._plane_bytes(plane)])
+            start += self._plane_bytes(plane)
+
     def decode(self, stored: memoryview, out: memoryview) -> None:
         """See TensorCodec.decode."""
-        if len(stored) < _FIRST.size:
-            raise bad(f"{len(stored)} bytes are too few")
-        planes = self._planes(_FIRST.unpack_from(stored)[0])
-        if len(stored) != _FIRST.size + sum(map(self._plane_bytes, planes)):
-            raise bad(f"{len(stored)} bytes are not what {planes[0].first} lossless tokens make")
         start = _FIRST.size
-        for plane, own in zip(planes, self._views(out), strict=True):
+        for plane, own in zip(self._planes_of(stored), self._views(out), strict=True):
             exact = self._exact(plane, stored[start:])
             self._decode_plane(plane, own, stored[start + exact.nbytes : start + self._plane_bytes(plane)])
             for tile in own.pieces(range(plane.first)):
                 own.tokens(tile)[:] = exact[tile.start : tile.stop]
             start += self._plane_bytes(plane)
+
+    def _planes_of(self, stored: memoryview) -> Sequence[PlaneGroups]:
+        """The planes that `stored` holds. Raises MissError(BAD_ENCODING) if it has another length."""
+        if len(stored) < _FIRST.size:
+            raise bad(f"{len(stored)} bytes are too few")
+        planes = self._planes(_FIRST.unpack_from(stored)[0])
+        if len(stored) != _FIRST.size + sum(map(self._plane_bytes, planes)):
+            raise bad(f"{len(stored)} bytes are not what {planes[0].first} lossless tokens make")
+        return planes
 
     def _encode_plane(self, plane: PlaneGroups, own: _PlaneView, stored: memoryview) -> bool:
         count = plane.rows * plane.row

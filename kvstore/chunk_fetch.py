@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple, Protocol
 
 from kvstore.arena import Arena, Slot
@@ -29,6 +30,11 @@ class SlotWindow(NamedTuple):
     def view(self, start: int, stop: int) -> memoryview:
         """Bytes [start, stop) of the raw stored form."""
         return self.slot.memory[start - self.start : stop - self.start]
+
+    def section(self, layer: int, form: ChunkForm) -> memoryview:
+        """A layer that has arrived, in host form or, if the slot says so, quantized."""
+        start = form.header_bytes + layer * form.stride
+        return self.view(start, start + self.slot.quantized.get(layer, form.section_bytes))
 
 
 class FetchTarget(Protocol):
@@ -198,7 +204,7 @@ class ChunkFetcher:
 
     async def _arrive(self, fetch: _Fetch, part: _Part, window: SlotWindow, *, in_place: bool) -> None:
         """Verify sections, put those that are not in place there, and say that they have come."""
-        await self.loop.work(self._verify, fetch, part, None if in_place else window)
+        await self.loop.work(partial(self._verify, fetch, part, window, in_place=in_place))
         for layers in missing_groups([part.layers], fetch.target.arrived):
             fetch.target.arrive(layers, window)
         self._copy(fetch, part)
@@ -246,25 +252,32 @@ class ChunkFetcher:
     def _slot_offset(self, layer: int) -> int:
         return self.form.header_bytes + layer * self.form.stride
 
-    def _verify(self, fetch: _Fetch, part: _Part, into: SlotWindow | None) -> None:
-        """Compare checksums. With `into`, what has not arrived is then decoded to its place there."""
+    def _verify(self, fetch: _Fetch, part: _Part, into: SlotWindow, *, in_place: bool) -> None:
+        """Compare checksums. Unless in place, what has not arrived is then decoded to its place in `into`."""
         header = fetch.header
         for layer in part.layers:
             section, extent = header.sections[layer], header.extents[layer]
             data = part.stored[extent.start - part.first_byte : extent.stop - part.first_byte]
             verify_section(section, data)
-            if into is None or fetch.target.arrived[layer]:
+            if fetch.target.arrived[layer]:
                 continue
-            start = self._slot_offset(layer)
-            place = into.view(start, start + self.form.stride)
-            host = place[: self.form.section_bytes]
-            codec = header.codec_name(section)
-            if codec is None:
-                host[:] = data[: section.stored_bytes]
-            else:
-                self.codecs.decoder(codec).decode(data[: section.stored_bytes], host)
-            # The slot may be saved again as it lies; what stood there before may be another's.
-            place[self.form.section_bytes :] = self.form.padding
+            # A read that failed may have brought it in another form.
+            into.slot.quantized.pop(layer, None)
+            if not in_place:
+                self._decode(header.codec_name(section), data[: section.stored_bytes], layer, into)
+
+    def _decode(self, codec: str | None, stored: memoryview, layer: int, into: SlotWindow) -> None:
+        start = self._slot_offset(layer)
+        place = into.view(start, start + self.form.stride)
+        host = place[: self.form.section_bytes]
+        if codec is None:
+            host[:] = stored
+        else:
+            filled = self.codecs.decode(codec, stored, host)
+            if filled < len(host):
+                into.slot.quantized[layer] = filled
+        # The slot may be saved again as it lies; what stood there before may be another's.
+        place[self.form.section_bytes :] = self.form.padding
 
 
 @dataclass

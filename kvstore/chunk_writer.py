@@ -36,45 +36,44 @@ class ChunkWriter:
 
         The same each time, for one chunk of one time, so that a lost answer is told from another writer's.
         """
-        host = slot.memory[self._form.header_bytes : self._form.raw_bytes]
         sections: list[SectionEntry] = []
         parts: list[Buffer] = []
         if not self._codecs.names:
-            sections = [self._as_is(self._extent(host, layer)) for layer in range(self._form.layers)]
-            parts = [host]
+            sections = [self._as_is(self._extent(slot, layer)) for layer in range(self._form.layers)]
+            parts = [slot.memory[self._form.header_bytes : self._form.raw_bytes]]
         else:
             offset = 0
             for layer in range(self._form.layers):
-                section, extent = self._encode(
-                    self._extent(host, layer), buffer.memory[offset:], layer, key.depth
-                )
+                section, stored = self._encode(slot, layer, key.depth, buffer.memory[offset:])
                 sections.append(section)
-                offset += len(extent)
+                offset += len(stored)
             parts = [buffer.memory[:offset]]
         return [encode_header(self._header(key, sections, created_s)), *parts]
 
-    def _extent(self, host: memoryview, layer: int) -> memoryview:
-        return host[layer * self._form.stride : (layer + 1) * self._form.stride]
+    def _extent(self, slot: Slot, layer: int) -> memoryview:
+        start = self._form.header_bytes + layer * self._form.stride
+        return slot.memory[start : start + self._form.stride]
 
     def _as_is(self, extent: memoryview) -> SectionEntry:
         length = self._form.section_bytes
         return SectionEntry(length, length, AS_IS, checksum(extent))
 
-    def _encode(
-        self, extent: memoryview, out: memoryview, layer: int, depth: int
-    ) -> tuple[SectionEntry, memoryview]:
-        length = self._form.section_bytes
-        codec, stored_bytes, unquantized = self._codecs.encode(
-            extent[:length], out[: length - 1], layer=layer, depth=depth
-        )
-        if unquantized:
+    def _encode(self, slot: Slot, layer: int, depth: int, out: memoryview) -> tuple[SectionEntry, memoryview]:
+        length, extent = self._form.section_bytes, self._extent(slot, layer)
+        room, quantized_bytes = out[: length - 1], slot.quantized.get(layer)
+        if quantized_bytes is None:
+            encoded = self._codecs.encode(extent[:length], room, layer=layer, depth=depth)
+        else:
+            encoded = self._codecs.encode_quantized(extent[:quantized_bytes], room)
+        if encoded.unquantized:
             self._on_unquantized()
-        if codec is None:
+        if encoded.codec is None:
             out[: len(extent)] = extent
             return self._as_is(extent), out[: len(extent)]
-        stored = out[: self._form.padded(stored_bytes)]
-        stored[stored_bytes:] = bytes(len(stored) - stored_bytes)
-        return SectionEntry(stored_bytes, length, AS_IS + 1 + codec, checksum(stored)), stored
+        stored = out[: self._form.padded(encoded.stored_bytes)]
+        stored[encoded.stored_bytes :] = bytes(len(stored) - encoded.stored_bytes)
+        codec = AS_IS + 1 + encoded.codec
+        return SectionEntry(encoded.stored_bytes, length, codec, checksum(stored)), stored
 
     def _header(self, key: ChunkKey, sections: Sequence[SectionEntry], created_s: int) -> ChunkHeader:
         return ChunkHeader(

@@ -2,6 +2,10 @@
 
 Sections are host memory owned by the store: contiguous, format B, `ChunkForm.section_bytes` long,
 laid out as `ChunkForm` says. They are borrowed for the call and must not be kept.
+
+Of a store opened with `keep_quantized`, a section given to a sink is shorter where it holds what
+`KVStore.tensor_codec` wrote, and a source may fill the start of one with that. A copier made with the
+codec quantizes and dequantizes on a GPU; see `kvstore.kernels.contract`.
 """
 
 from __future__ import annotations
@@ -13,11 +17,12 @@ from typing import Protocol
 class PageSource(Protocol):
     """Where a save takes chunks from. Called in the thread that calls `KVStore.save`."""
 
-    def gather(self, index: int, sections: Sequence[memoryview]) -> None:
+    def gather(self, index: int, sections: Sequence[memoryview]) -> Sequence[int] | None:
         """Copy chunk `index` of the chain from pages into `sections`, one writable section a layer.
 
-        When it returns, the pages may be reused. What it raises reaches save's caller, and the
-        chunk is not saved.
+        Returns the bytes written to each, fewer than a section's where it is quantized; None: all are
+        in host form. When it returns, the pages may be reused. What it raises reaches save's caller,
+        and the chunk is not saved.
         """
         ...
 

@@ -134,10 +134,8 @@ class ChunkLoad:
         self._news.set()
 
     async def _scatter(self, layer: int, batch: dict[int, _HeldLayers]) -> None:
-        form = self._path.form
-        start = form.header_bytes + layer * form.stride
         indices = sorted(index for index in batch if index < self._limit)
-        sections = [batch[index].window.view(start, start + form.section_bytes) for index in indices]
+        sections = [batch[index].window.section(layer, self._path.form) for index in indices]
         if not indices:
             return
         error = await self._path.loop.call_engine(self._call_sink, layer, indices, sections)

@@ -5,67 +5,20 @@ import itertools
 
 import numpy as np
 import pytest
-from samples import PATIENCE_S, ScriptedBackend, name_of, namespace_of
+from number_samples import FORM, LAYOUT, Numbers, chain_of, load, save
+from samples import ScriptedBackend, name_of
 
 from kvstore.backends.memory import StoredObject
 from kvstore.chunk import decode_header
 from kvstore.codecs.tensor_families import SINK_TOKENS
 from kvstore.errors import MisconfiguredError, MissReason
-from kvstore.handles import Durability, SaveOutcome
-from kvstore.keys import PrefixChain
-from kvstore.layout import ChunkForm, DType, KVLayout
+from kvstore.layout import DType
 from kvstore.store import KVStore
 
-LAYOUT = KVLayout(
-    layers=4,
-    kv_heads=2,
-    head_dim=16,
-    dtype=DType.FLOAT32,
-    page_form="nhd",
-    page_tokens=4,
-    chunk_tokens=16,
-)
-FORM = ChunkForm(LAYOUT, LAYOUT.whole)
 # Of numbers from -4 to 4: half a level (and 2**-7 of it) of 127 or 15 in all; e4m3 is off by 1/16.
 BOUNDS = {"int8": 0.016, "int4:32": 0.27, "fp8": 0.253}
 FIDELITY = {name: f"{name} lossless_tokens={SINK_TOKENS}" for name in BOUNDS}
 TOKEN = 2 * 16
-
-
-class Numbers:
-    """Sections of floats up to 4, or what a test puts in their place; source and sink."""
-
-    def __init__(self, chunks=2):
-        random = np.random.default_rng(4)
-        self.saved = random.uniform(-4, 4, (chunks, LAYOUT.layers, FORM.section_bytes // 4)).astype("<f4")
-        self.loaded = np.full_like(self.saved, np.nan)
-
-    def gather(self, index, sections):
-        for layer, section in enumerate(sections):
-            section[:] = self.saved[index, layer].tobytes()
-
-    def scatter(self, layer, indices, sections):
-        for index, section in zip(indices, sections, strict=True):
-            self.loaded[index, layer] = np.frombuffer(section, "<f4")
-
-    def off(self):
-        """The largest error of each chunk and layer."""
-        with np.errstate(invalid="ignore"):
-            return np.abs(self.saved - self.loaded).max(2)
-
-
-def chain_of(fidelity, chunks=2):
-    namespace = namespace_of(LAYOUT, fidelity=fidelity)
-    return PrefixChain.of(namespace, range(chunks * LAYOUT.chunk_tokens))
-
-
-def save(store, numbers, chain):
-    outcomes = store.save(chain, range(len(chain)), numbers, until=Durability.REMOTE).wait(PATIENCE_S)
-    assert set(outcomes.values()) == {SaveOutcome.STORED}
-
-
-def load(store, numbers, chain):
-    return store.load(chain, range(len(chain)), numbers).wait(PATIENCE_S)
 
 
 def saved_and_loaded(opened, codec, numbers, **settings):
