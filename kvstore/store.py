@@ -38,9 +38,10 @@ ENGINE_TIMEOUT_S = 5.0
 class KVStore:
     """Keeps chunks of one KV layout and shard, for any number of namespaces with that layout.
 
-    fidelity      what namespaces used with this store must say of it, by KVSTORE_CODEC and
-                  KVSTORE_LOSSLESS_LAYERS: `lossless`, or the tensor codec and its parameters
-    tensor_codec  rounds what is stored; None: every bit is kept
+    fidelity        what namespaces used with this store must say of it, by KVSTORE_CODEC and
+                    KVSTORE_LOSSLESS_LAYERS: `lossless`, or the tensor codec and its parameters
+    tensor_codec    rounds what is stored; None: every bit is kept
+    keep_quantized  whether sections come to sinks, and may come from sources, as it wrote them
 
     Thread-safe. Trouble with the backend never raises here: it is a miss or a failed save,
     counted in `metrics` and logged once. What does raise is a caller's or a setting's mistake.
@@ -79,6 +80,7 @@ class KVStore:
         self._codecs = assembler.codecs
         self.fidelity = self._codecs.fidelity
         self.tensor_codec = self._codecs.tensor
+        self.keep_quantized = keep_quantized and self.tensor_codec is not None
         self._loop = EventLoopThread(workers=min(8, (os.cpu_count() or 1) + 2))
         self._parts = assembler.assemble(backend, self._loop)
         self._patience_s = settings.save_timeout_s if settings.when_full == "block" else 0.0
@@ -350,11 +352,12 @@ class KVStore:
                 slot.quantized[layer] = length
 
     def _check_quantized(self, layer: int, section: memoryview) -> None:
-        codec = self.tensor_codec
+        codec = self.tensor_codec if self.keep_quantized else None
         if codec is None or len(section) != codec.stored_bytes(int.from_bytes(section[:4], "little")):
             raise MisconfiguredError(
                 f"a source filled {len(section)} bytes of layer {layer}'s section: neither the section's "
-                f"{self.form.section_bytes} nor what KVSTORE_CODEC={self._settings.codec} makes of it"
+                f"{self.form.section_bytes} nor what KVSTORE_CODEC={self._settings.codec} makes of it, "
+                f"with keep_quantized={self.keep_quantized}"
             )
 
 
