@@ -20,6 +20,8 @@ import torch
 from benchmarks.command_line import add_rounds, parser_of
 from benchmarks.report import machine, print_result, say
 from kvstore import DType, KVLayout, KVStore, Namespace, PrefixChain, load_settings
+from kvstore.backends.contract import Buffer, PutResult, PutStatus
+from kvstore.backends.memory import MemoryBackend
 from kvstore.engine_adapters.gathering import gather_chunk
 from kvstore.kernels.contract import QueuedCopy
 from kvstore.kernels.copiers import page_copier
@@ -63,6 +65,13 @@ class Pages:
         return self.copier.begin_scatter(sections, self.layers[layer], ids)
 
 
+class Nowhere(MemoryBackend):
+    """Takes objects and forgets them: nothing here is loaded from a backend."""
+
+    async def put(self, name: str, parts: Sequence[Buffer], *, if_absent: bool) -> PutResult:  # noqa: ARG002
+        return PutResult(PutStatus.CREATED, "1")
+
+
 def main() -> None:
     parser = parser_of(prog="make bench NAME=gpu_load", description=__doc__)
     add_rounds(parser, 9)
@@ -79,8 +88,8 @@ def main() -> None:
 def measure(codec: str, pages: Pages, rounds: int) -> dict[str, float]:
     """The figures of one codec; the first save and the first round only warm up."""
     room = (CHUNKS + CHUNKS // 2) * FORM.raw_bytes
-    settings = load_settings(bucket="memory://", codec=codec, memory_bytes=room, upload_queue_bytes=room)
-    with KVStore.open(LAYOUT, settings=settings, keep_quantized=True) as store:
+    settings = load_settings(codec=codec, memory_bytes=room, upload_queue_bytes=room)
+    with KVStore.open(LAYOUT, settings=settings, backend=Nowhere(), keep_quantized=True) as store:
         pages.use(store)
         wait_page_locked(store)
         saves_s = []
