@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -69,6 +69,10 @@ class TensorCodec(Protocol):
         The first four bytes hold `lossless_tokens`, as a little-endian u32. None, with `out` in any state,
         when other tokens hold what cannot be quantized: NaN, infinities, or very large numbers.
         """
+        ...
+
+    def check(self, sections: Sequence[memoryview]) -> None:
+        """Raise MissError(BAD_ENCODING) if `decode` would for one of `sections`, what `encode` wrote each."""
         ...
 
     def decode(self, stored: memoryview, out: memoryview) -> None:
