@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -71,11 +71,8 @@ class TensorCodec(Protocol):
         """
         ...
 
-    def check(self, quantized: memoryview) -> None:
-        """Raises MissError(BAD_ENCODING) unless `quantized` is what `encode` can have written.
-
-        Whoever dequantizes what has passed gets no NaN and no infinity but in lossless tokens.
-        """
+    def check(self, sections: Sequence[memoryview]) -> None:
+        """Raise MissError(BAD_ENCODING) if `decode` would for one of `sections`, what `encode` wrote each."""
         ...
 
     def decode(self, stored: memoryview, out: memoryview) -> None:

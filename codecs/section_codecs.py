@@ -118,7 +118,7 @@ class SectionCodecs:
         else:
             quantized = room[: len(stored)]
             quantized[:] = stored[: len(quantized)]
-        self.tensor.check(quantized)
+        self.tensor.check([quantized])
         return len(quantized)
 
     def decoder(self, name: str) -> Decoder:

@@ -8,6 +8,7 @@ from itertools import chain
 
 import torch
 
+from kvstore.codecs.contract import TensorCodec
 from kvstore.errors import MisconfiguredError
 from kvstore.layout import ChunkForm
 
@@ -17,12 +18,14 @@ _PLANE_NAMES = ("K", "V")
 class PageChecks:
     """Checks for one `ChunkForm`; each raises MisconfiguredError and names what is wrong.
 
+    codec        of quantized sections, which a scatter then takes
     dtype        of the planes
     page_shapes  shape of one page in each plane, without the leading page axis
     """
 
-    def __init__(self, form: ChunkForm) -> None:
+    def __init__(self, form: ChunkForm, codec: TensorCodec | None = None) -> None:
         self._form = form
+        self._codec = codec
         layout = form.layout
         self.dtype: torch.dtype = torch.uint8 if layout.is_opaque else getattr(torch, str(layout.dtype))
         self.page_shapes = _page_shapes(form)
@@ -36,11 +39,25 @@ class PageChecks:
         sections: Sequence[memoryview],
     ) -> array[int]:
         """Check a gather's arguments. Returns the page ids, chunk after chunk, as 64-bit integers."""
-        ids = self._check(planes, page_ids, sections)
+        ids = self._check(planes, page_ids, sections, shorter=False)
         for number, section in enumerate(sections):
             if section.readonly:
                 raise MisconfiguredError(f"section {number} is read-only memory: a gather writes to it")
         return ids.flat
+
+    def check_lossless_tokens(
+        self, page_ids: Sequence[Sequence[int]], lossless_tokens: Sequence[int]
+    ) -> TensorCodec:
+        """Check what quantizing takes besides a gather's arguments. Returns the codec."""
+        if self._codec is None:
+            raise MisconfiguredError("this copier was made without a codec: it cannot quantize")
+        if len(lossless_tokens) != len(page_ids):
+            raise MisconfiguredError(f"{len(lossless_tokens)} lossless_tokens for {len(page_ids)} chunks")
+        most = self._form.layout.chunk_tokens
+        for chunk, tokens in enumerate(lossless_tokens):
+            if not 0 <= tokens <= most:
+                raise MisconfiguredError(f"lossless_tokens {tokens} of chunk {chunk}: takes 0 to {most}")
+        return self._codec
 
     def check_scatter(
         self,
@@ -48,8 +65,11 @@ class PageChecks:
         planes: Sequence[torch.Tensor],
         page_ids: Sequence[Sequence[int]],
     ) -> array[int]:
-        """Check a scatter's arguments. Returns the page ids, chunk after chunk, as 64-bit integers."""
-        ids = self._check(planes, page_ids, sections)
+        """Check a scatter's arguments. Returns the page ids, chunk after chunk, as 64-bit integers.
+
+        Raises MissError(BAD_ENCODING) for a quantized section that no writer writes.
+        """
+        ids = self._check(planes, page_ids, sections, shorter=self._codec is not None)
         for number, plane in enumerate(planes):
             sizes_and_strides = zip(plane.shape, plane.stride(), strict=True)
             if any(size > 1 and stride == 0 for size, stride in sizes_and_strides):
@@ -59,19 +79,27 @@ class PageChecks:
                 )
         if ids.twice is not None:
             raise MisconfiguredError(f"page id {ids.twice} is the target of two pages of one scatter")
+        if self._codec is not None:
+            self._codec.check([section for section in sections if self.is_quantized(section)])
         return ids.flat
+
+    def is_quantized(self, section: memoryview) -> bool:
+        """Whether a section that has been checked is quantized."""
+        return section.nbytes < self._form.section_bytes
 
     def _check(
         self,
         planes: Sequence[torch.Tensor],
         page_ids: Sequence[Sequence[int]],
         sections: Sequence[memoryview],
+        *,
+        shorter: bool,
     ) -> PageIds:
         self._check_planes(planes)
         if len(page_ids) != len(sections):
             raise MisconfiguredError(f"{len(page_ids)} lists of page ids for {len(sections)} sections")
         ids = self._checked_ids(page_ids, planes[0].shape[0])
-        self._check_sections(sections)
+        self._check_sections(sections, shorter=shorter)
         return ids
 
     def _check_planes(self, planes: Sequence[torch.Tensor]) -> None:
@@ -121,7 +149,7 @@ class PageChecks:
             )
         return table
 
-    def _check_sections(self, sections: Sequence[memoryview]) -> None:
+    def _check_sections(self, sections: Sequence[memoryview], *, shorter: bool) -> None:
         length = self._form.section_bytes
         for chunk, section in enumerate(sections):
             if not section.c_contiguous or section.format != "B" or section.ndim != 1:
@@ -129,7 +157,7 @@ class PageChecks:
                     f"section {chunk} has format {section.format!r}, shape {section.shape} and strides"
                     f" {section.strides}: needs contiguous bytes, format 'B', one dimension"
                 )
-            if section.nbytes != length:
+            if section.nbytes > length or (section.nbytes < length and not shorter):
                 raise MisconfiguredError(
                     f"section {chunk} has {section.nbytes} bytes, a section of this layout has {length}"
                 )

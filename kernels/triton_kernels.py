@@ -21,7 +21,7 @@ _FIELDS = tl.constexpr(PLANE_FIELDS)
 
 
 @triton.jit
-def _words_at(address, UNIT: tl.constexpr):
+def words_at(address, UNIT: tl.constexpr):
     """A pointer to words; a unit of 16 bytes is two of them, which are moved in one access."""
     if UNIT >= 8:
         words = address.to(tl.pointer_type(tl.int64))
@@ -74,8 +74,8 @@ def _copy_tile(
     units = (run // (D1 * D2)) * tl.load(plane + 2)
     units += (run // D2) % D1 * tl.load(plane + 3)
     units += run % D2 * tl.load(plane + 4)
-    in_page = _words_at(page, UNIT) + units * LANES + word % RUN_WORDS
-    in_section = _words_at(section, UNIT) + word
+    in_page = words_at(page, UNIT) + units * LANES + word % RUN_WORDS
+    in_section = words_at(section, UNIT) + word
     if PAGE_WORDS % BLOCK == 0:
         if TO_PAGES:
             tl.store(in_page, tl.load(in_section))
