@@ -77,23 +77,24 @@ class SectionCodecs:
         sinks = self.lossless_tokens(layer, depth)
         if self.tensor is None or sinks is None or self.tensor.stored_bytes(sinks) > len(out):
             return self._encode_lossless(host, out)
-        if self._packed is None:
-            length = self.tensor.encode(host, out, sinks)
-            section = None if length is None else EncodedSection(0, length)
-        else:
-            quantized = self._scratch.take(self.tensor.stored_bytes(sinks))
-            length = self.tensor.encode(host, quantized, sinks)
-            section = None if length is None else self.encode_quantized(quantized[:length], out)
-        return section or self._encode_lossless(host, out)._replace(unquantized=True)
+        room = out if self._packed is None else self._scratch.take(self.tensor.stored_bytes(sinks))
+        length = self.tensor.encode(host, room, sinks)
+        if length is None:
+            return self._encode_lossless(host, out)._replace(unquantized=True)
+        section = self.pack(room[:length], out)
+        if section.codec == 0 and self._packed is not None:
+            out[:length] = room[:length]
+        return section
 
-    def encode_quantized(self, quantized: memoryview, out: memoryview) -> EncodedSection:
-        """Encode what the tensor codec wrote into the start of `out`, which is at least as long."""
+    def pack(self, quantized: memoryview, out: memoryview) -> EncodedSection:
+        """Encode what the tensor codec wrote into the start of `out`.
+
+        Its index 0: it is to be stored as it is, and nothing of use is in `out`.
+        """
+        packed_bytes = None
         if self._packed is not None:
             packed_bytes = self._packed.encode(quantized, out[: len(quantized) - 1])
-            if packed_bytes is not None:
-                return EncodedSection(1, packed_bytes)
-        out[: len(quantized)] = quantized
-        return EncodedSection(0, len(quantized))
+        return EncodedSection(0, len(quantized)) if packed_bytes is None else EncodedSection(1, packed_bytes)
 
     def lossless_tokens(self, layer: int, depth: int) -> int | None:
         """How many tokens at the front of a section keep every bit; None: all of them."""

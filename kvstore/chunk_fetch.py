@@ -15,6 +15,7 @@ from kvstore.chunk import ChunkHeader, check_header, decode_header, verify_secti
 from kvstore.codecs.section_codecs import SectionCodecs
 from kvstore.errors import MissError, MissReason
 from kvstore.event_loop import EventLoopThread
+from kvstore.host_form import end_section, section_start
 from kvstore.keys import ChunkKey, object_name
 from kvstore.layout import ChunkForm
 from kvstore.plan import FetchLimits, Priority, Turn, first_read_bytes, layer_groups, missing_groups
@@ -33,7 +34,7 @@ class SlotWindow(NamedTuple):
 
     def section(self, layer: int, form: ChunkForm) -> memoryview:
         """A layer that has arrived, in host form or, if the slot says so, quantized."""
-        start = form.header_bytes + layer * form.stride
+        start = section_start(form, layer)
         return self.view(start, start + self.slot.quantized.get(layer, form.section_bytes))
 
 
@@ -184,7 +185,9 @@ class ChunkFetcher:
         async with AsyncExitStack() as held:
             async with fetch.reader.place(self._priority(target, layers.start)):
                 # Not before: whoever holds memory must not wait for its turn behind others.
-                window = await held.enter_async_context(self._window(target, self._slot_offset(layers.start)))
+                window = await held.enter_async_context(
+                    self._window(target, section_start(self.form, layers.start))
+                )
                 holder = window.slot if in_place else await held.enter_async_context(self._scratch())
                 stored = window.view(start, stop) if in_place else holder.memory[: stop - start]
                 answer = await self._read(fetch, start, stored)
@@ -242,15 +245,12 @@ class ChunkFetcher:
         """Whether these sections lie in the object, unencoded, just where they lie in a slot."""
         return header.raw or all(
             header.codec_name(header.sections[layer]) is None
-            and header.extents[layer].start == self._slot_offset(layer)
+            and header.extents[layer].start == section_start(self.form, layer)
             for layer in layers
         )
 
     def _priority(self, target: FetchTarget, layer: int) -> Priority:
         return target.turn.priority(layer, self.form.layers)
-
-    def _slot_offset(self, layer: int) -> int:
-        return self.form.header_bytes + layer * self.form.stride
 
     def _verify(self, fetch: _Fetch, part: _Part, into: SlotWindow, *, in_place: bool) -> None:
         """Compare checksums. Unless in place, what has not arrived is then decoded to its place in `into`."""
@@ -267,17 +267,12 @@ class ChunkFetcher:
                 self._decode(header.codec_name(section), data[: section.stored_bytes], layer, into)
 
     def _decode(self, codec: str | None, stored: memoryview, layer: int, into: SlotWindow) -> None:
-        start = self._slot_offset(layer)
-        place = into.view(start, start + self.form.stride)
-        host = place[: self.form.section_bytes]
+        host, filled = into.section(layer, self.form), self.form.section_bytes
         if codec is None:
             host[:] = stored
         else:
             filled = self.codecs.decode(codec, stored, host)
-            if filled < len(host):
-                into.slot.quantized[layer] = filled
-        # The slot may be saved again as it lies; what stood there before may be another's.
-        place[self.form.section_bytes :] = self.form.padding
+        end_section(into.slot, self.form, layer, filled, into.start)
 
 
 @dataclass

@@ -9,6 +9,7 @@ from kvstore.arena import Arena, Slot
 from kvstore.backends.contract import Buffer
 from kvstore.chunk import AS_IS, WRITER_BYTES, ChunkHeader, SectionEntry, checksum, encode_header
 from kvstore.codecs.section_codecs import SectionCodecs
+from kvstore.host_form import section_start
 from kvstore.keys import ChunkKey
 from kvstore.layout import ChunkForm
 
@@ -38,42 +39,48 @@ class ChunkWriter:
         """
         sections: list[SectionEntry] = []
         parts: list[Buffer] = []
+        room = buffer.memory
         if not self._codecs.names:
             sections = [self._as_is(self._extent(slot, layer)) for layer in range(self._form.layers)]
             parts = [slot.memory[self._form.header_bytes : self._form.raw_bytes]]
         else:
-            offset = 0
             for layer in range(self._form.layers):
-                section, stored = self._encode(slot, layer, key.depth, buffer.memory[offset:])
+                section, stored, used = self._encode(slot, layer, key.depth, room)
                 sections.append(section)
-                offset += len(stored)
-            parts = [buffer.memory[:offset]]
+                parts.append(stored)
+                room = room[used:]
         return [encode_header(self._header(key, sections, created_s)), *parts]
 
     def _extent(self, slot: Slot, layer: int) -> memoryview:
-        start = self._form.header_bytes + layer * self._form.stride
+        start = section_start(self._form, layer)
         return slot.memory[start : start + self._form.stride]
 
     def _as_is(self, extent: memoryview) -> SectionEntry:
         length = self._form.section_bytes
         return SectionEntry(length, length, AS_IS, checksum(extent))
 
-    def _encode(self, slot: Slot, layer: int, depth: int, out: memoryview) -> tuple[SectionEntry, memoryview]:
+    def _encode(
+        self, slot: Slot, layer: int, depth: int, out: memoryview
+    ) -> tuple[SectionEntry, memoryview, int]:
+        """One section: its entry, its stored bytes in the slot or in `out`, and how many of `out` are taken."""
         length, extent = self._form.section_bytes, self._extent(slot, layer)
         room, quantized_bytes = out[: length - 1], slot.quantized.get(layer)
         if quantized_bytes is None:
             encoded = self._codecs.encode(extent[:length], room, layer=layer, depth=depth)
+            in_slot = encoded.codec is None
         else:
-            encoded = self._codecs.encode_quantized(extent[:quantized_bytes], room)
+            encoded = self._codecs.pack(extent[:quantized_bytes], room)
+            in_slot = encoded.codec == 0
         if encoded.unquantized:
             self._on_unquantized()
         if encoded.codec is None:
-            out[: len(extent)] = extent
-            return self._as_is(extent), out[: len(extent)]
-        stored = out[: self._form.padded(encoded.stored_bytes)]
-        stored[encoded.stored_bytes :] = bytes(len(stored) - encoded.stored_bytes)
+            return self._as_is(extent), extent, 0
+        stored = (extent if in_slot else out)[: self._form.padded(encoded.stored_bytes)]
+        if not in_slot:
+            stored[encoded.stored_bytes :] = bytes(len(stored) - encoded.stored_bytes)
         codec = AS_IS + 1 + encoded.codec
-        return SectionEntry(encoded.stored_bytes, length, codec, checksum(stored)), stored
+        entry = SectionEntry(encoded.stored_bytes, length, codec, checksum(stored))
+        return entry, stored, 0 if in_slot else len(stored)
 
     def _header(self, key: ChunkKey, sections: Sequence[SectionEntry], created_s: int) -> ChunkHeader:
         return ChunkHeader(

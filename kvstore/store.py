@@ -19,6 +19,7 @@ from kvstore.errors import LayoutMismatchError, MisconfiguredError, StoreClosedE
 from kvstore.event_loop import FORKED, EventLoopThread
 from kvstore.failpoints import Failpoint, reach
 from kvstore.handles import Durability, FlushReport, LoadHandle, LookupResult, SaveHandle, SaveOutcome
+from kvstore.host_form import end_section, section_start
 from kvstore.keys import ChunkKey, PrefixChain
 from kvstore.layout import ChunkForm, KVLayout, Shard
 from kvstore.metrics import Metrics
@@ -341,15 +342,13 @@ class KVStore:
 
     def _gather(self, slot: Slot, index: int, source: PageSource) -> None:
         form = self.form
-        starts = range(form.header_bytes, form.raw_bytes, form.stride)
+        starts = [section_start(form, layer) for layer in range(form.layers)]
         sections = [slot.memory[start : start + form.section_bytes] for start in starts]
         lengths = source.gather(index, sections) or [form.section_bytes] * form.layers
-        for start in starts:
-            slot.memory[start + form.section_bytes : start + form.stride] = form.padding
         for layer, (section, length) in enumerate(zip(sections, lengths, strict=True)):
             if length < form.section_bytes:
                 self._check_quantized(layer, section[:length])
-                slot.quantized[layer] = length
+            end_section(slot, form, layer, length)
 
     def _check_quantized(self, layer: int, section: memoryview) -> None:
         codec = self.tensor_codec if self.keep_quantized else None
