@@ -180,7 +180,7 @@ def quantize(kind: Kind, case: QuantizedCase, guard: bytes) -> None:
 
 
 def scatter(kind: Kind, case: QuantizedCase, sections: list[bytes], guard: bytes) -> None:
-    """Scatter sections of the first layer; pages hold what the codec decodes, and nothing beside them changes."""
+    """Scatter sections of the first layer: pages hold what the codec decodes, and nothing else changes."""
     (pages, *_) = case.pages(kind.device, filled=False)
     due = after_scatter(pages, [case.decoded(own) for own in sections])
     content = guard + guard.join(sections) + guard
@@ -196,14 +196,14 @@ def scatter(kind: Kind, case: QuantizedCase, sections: list[bytes], guard: bytes
 
 @each_kind
 @given(case=cases(), guard=st.sampled_from([7, 16]))
-@hypothesis_settings(max_examples=25, deadline=None)
+@hypothesis_settings(max_examples=12, deadline=None)
 def test_p5_pages_are_quantized_to_what_the_codec_makes_of_their_host_form(kind, case, guard):
     quantize(kind, case, b"\xa5" * guard)
 
 
 @each_kind
 @given(case=cases(), guard=st.sampled_from([7, 16]), raw=st.integers(0, 7), seed=st.integers(0, 2**32 - 1))
-@hypothesis_settings(max_examples=25, deadline=None)
+@hypothesis_settings(max_examples=12, deadline=None)
 def test_p5_quantized_and_whole_sections_of_one_scatter_fill_pages_as_the_codec_decodes(
     kind, case, guard, raw, seed
 ):
@@ -239,14 +239,16 @@ def test_p5_every_code_at_every_scale_fills_pages_as_the_codec_decodes(kind, nam
     scatter(kind, case, [any_numbers(case, first, 5 + first) for first in (0, 4)], b"")
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: elsewhere it takes long, and nothing is fused")
 @each_kind
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", NAMES)
 def test_p5_sections_as_large_as_a_models_are_the_same_both_ways(kind, name, dtype):
     # Some of so many products lie so close to halfway between two codes that rounding once instead of twice,
     # as fused operations do, gives another code.
-    large = dict(head_dim=128, value_dim=128, page_tokens=16, kv_heads=8, chunk_tokens=256)
-    case = case_of(name, dtype, **(large if DEVICE == "cuda" else {}))
+    case = case_of(
+        name, dtype, head_dim=128, value_dim=128, page_tokens=16, kv_heads=8, chunk_tokens=256, first=0
+    )
     quantize(kind, case, b"")
     scatter(kind, case, [case.encoded(chunk) for chunk in case.layers[0]], b"")
 
@@ -268,7 +270,9 @@ def test_chunks_that_would_not_be_shorter_come_in_host_form(kind):
     quantize(kind, case, b"")
 
 
-def refused(kind: Kind, case: QuantizedCase, sections, error=MissError, match=None, ids=None, codec=True):
+def refused(
+    kind: Kind, case: QuantizedCase, sections, *, error=MissError, match=None, ids=None, codec=True
+) -> None:
     """A scatter is refused, and no page changed."""
     (pages, *_) = case.pages(kind.device, filled=False)
     before = pages.storage.clone()
@@ -312,12 +316,14 @@ def test_bad_arguments_are_refused_before_any_page_changes(kind):
     sections = [case.encoded(chunk) for chunk in case.layers[0]]
     num_pages = 2 + max(map(max, case.page_ids))
     wrong = [case.page_ids[0], [*case.page_ids[1][:-1], num_pages]]
-    refused(kind, case, sections, MisconfiguredError, f"page id {num_pages} of chunk 1", ids=wrong)
+    refused(
+        kind, case, sections, error=MisconfiguredError, match=f"page id {num_pages} of chunk 1", ids=wrong
+    )
     wrong = [case.page_ids[0], [*case.page_ids[1][:-1], case.page_ids[0][0]]]
-    refused(kind, case, sections, MisconfiguredError, "is the target of two pages", ids=wrong)
+    refused(kind, case, sections, error=MisconfiguredError, match="is the target of two pages", ids=wrong)
     longer = bytes(case.form.section_bytes + 1)
-    refused(kind, case, [sections[0], longer], MisconfiguredError, "a section of this layout has")
-    refused(kind, case, sections, MisconfiguredError, "a section of this layout has", codec=False)
+    refused(kind, case, [sections[0], longer], error=MisconfiguredError, match="a section of this layout has")
+    refused(kind, case, sections, error=MisconfiguredError, match="a section of this layout has", codec=False)
 
 
 @each_kind
