@@ -163,6 +163,21 @@ def section_views(memory: memoryview, form: ChunkForm, guard: bytes) -> list[mem
     return [memory[at : at + form.section_bytes] for at in range(len(guard), len(memory) - len(guard), step)]
 
 
+def after_scatter(case: Case, contents: list[bytes]) -> torch.Tensor:
+    """The storage with the contents written page by page."""
+    mirror = replace(case, storage=case.storage.clone()).on("cpu")
+    for ids, content in zip(case.page_ids, contents, strict=True):
+        start = 0
+        for plane in mirror.planes:
+            bits = BITS[plane.element_size()]
+            for page in ids:
+                size = plane[page].numel() * plane.element_size()
+                piece = torch.frombuffer(bytearray(content[start : start + size]), dtype=torch.uint8)
+                plane.view(bits)[page] = piece.view(bits).view(plane[page].shape)
+                start += size
+    return mirror.storage
+
+
 def layout_of(page_form: str, dtype: DType = DType.FLOAT16, **changes) -> KVLayout:
     page_bytes_ = 24 if page_form.startswith("opaque") else None
     heads = 1 if page_form == "mla" else 2

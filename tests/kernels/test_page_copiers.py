@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import struct
 import threading
-from dataclasses import replace
 from functools import partial
+from math import prod
 
 import pytest
 import torch
@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from kernel_cases import (
-    BITS,
     DEVICE,
     DIMS,
     Case,
     Kind,
+    after_scatter,
     each_kind,
     guarded,
     layout_of,
@@ -34,6 +34,26 @@ from kernel_cases import (
 
 from kvstore.errors import MisconfiguredError
 from kvstore.layout import ChunkForm, DType, KVLayout, Shard
+
+
+@st.composite
+def forms(draw) -> ChunkForm:
+    page_form = draw(st.sampled_from(["nhd", "hnd", "mla", "opaque:test"]))
+    page_tokens = draw(st.integers(1, 4))
+    kv_heads = 1 if page_form == "mla" else draw(st.integers(1, 4))
+    start = draw(st.integers(0, kv_heads - 1))
+    layout = KVLayout(
+        layers=2,
+        kv_heads=kv_heads,
+        head_dim=draw(DIMS),
+        value_dim=draw(st.none() | DIMS) if page_form in ("nhd", "hnd") else None,
+        dtype=draw(st.sampled_from(list(DType))),
+        page_form=page_form,
+        page_tokens=page_tokens,
+        chunk_tokens=page_tokens * draw(st.integers(1, 4)),
+        page_bytes=draw(st.integers(1, 40) | st.just(10_256)) if page_form == "opaque:test" else None,
+    )
+    return ChunkForm(layout, Shard(start, draw(st.integers(start + 1, kv_heads))))
 
 
 @st.composite
@@ -80,21 +100,6 @@ def test_p5_a_scatter_writes_the_exact_pages_and_no_byte_beside_them(kind, case,
         assert bytes(memory) == guarded(contents, case.guard)
     assert torch.equal(case.storage.cpu(), expected)
     assert [oracle(case.planes, ids) for ids in case.page_ids] == contents
-
-
-def after_scatter(case: Case, contents: list[bytes]) -> torch.Tensor:
-    """The storage with the contents written page by page."""
-    mirror = replace(case, storage=case.storage.clone()).on("cpu")
-    for ids, content in zip(case.page_ids, contents, strict=True):
-        start = 0
-        for plane in mirror.planes:
-            bits = BITS[plane.element_size()]
-            for page in ids:
-                size = plane[page].numel() * plane.element_size()
-                piece = torch.frombuffer(bytearray(content[start : start + size]), dtype=torch.uint8)
-                plane.view(bits)[page] = piece.view(bits).view(plane[page].shape)
-                start += size
-    return mirror.storage
 
 
 @each_kind

@@ -1,0 +1,386 @@
+"""Quantized sections: every PageCopier puts into pages what the codec decodes, and makes what it encodes.
+
+The codec itself is tested in tests/unit/test_tensor_codecs.py; here it is the oracle.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from kernel_cases import (
+    DEVICE,
+    Case,
+    Kind,
+    after_scatter,
+    each_kind,
+    guarded,
+    make_planes,
+    oracle,
+    section_views,
+)
+from tensor_sections import KINDS, section, words_of
+
+from kvstore.codecs.elements import ELEMENTS
+from kvstore.codecs.tensors import QuantizedCodec, make_tensor_codec
+from kvstore.errors import MisconfiguredError, MissError, MissReason
+from kvstore.layout import ChunkForm, DType, KVLayout, Shard
+
+NAMES = ["int8", "int4:32", "int4:64", "fp8"]
+DTYPES = [DType.BFLOAT16, DType.FLOAT16, DType.FLOAT32]
+# What a codec declines, where it is not in a lossless token.
+SPOILT = ["nan", "inf", "-inf", "too large"]
+
+
+def codec_of(name: str, form: ChunkForm) -> QuantizedCodec:
+    family, _, group = name.partition(":")
+    return make_tensor_codec(family, int(group) if group else None, form)
+
+
+@dataclass
+class Chunk:
+    """What one chunk holds: floats of a kind, or such and in one place what a codec declines."""
+
+    kind: str
+    seed: int
+    first: int
+
+    def host(self, form: ChunkForm) -> bytes:
+        dtype = form.layout.dtype
+        if self.kind not in SPOILT:
+            return section(form, self.seed, self.kind)
+        largest = ELEMENTS[dtype].largest
+        bad = words_of([largest * 1.25 if self.kind == "too large" else float(self.kind)], dtype)
+        host = section(form, self.seed)
+        at = self.seed % (len(host) // dtype.itemsize) * dtype.itemsize
+        return host[:at] + bad + host[at + dtype.itemsize :]
+
+
+@dataclass
+class QuantizedCase:
+    """Layers of pages, and chunks in them; all layers of a case lie alike."""
+
+    name: str
+    form: ChunkForm
+    layers: list[list[Chunk]]
+    page_ids: list[list[int]]
+    axes: list[int]
+    apart: bool
+
+    @property
+    def codec(self) -> QuantizedCodec:
+        return codec_of(self.name, self.form)
+
+    @property
+    def firsts(self) -> list[int]:
+        return [chunk.first for chunk in self.layers[0]]
+
+    def pages(self, device: str, *, filled: bool) -> list[Case]:
+        """Pages of each layer on `device`, with the chunks in them or random bytes."""
+        cases = []
+        for number, chunks in enumerate(self.layers):
+            num_pages = 2 + max(max(ids) for ids in self.page_ids)
+            made = make_planes(self.form, num_pages, self.axes, apart=self.apart, seed=number)
+            case = Case(self.form, *made, self.page_ids)
+            if filled:
+                hosts = [chunk.host(self.form) for chunk in chunks]
+                case = replace(case, storage=after_scatter(case, hosts))
+            cases.append(case.on(device))
+        return cases
+
+    def encoded(self, chunk: Chunk) -> bytes:
+        """What the codec makes of a chunk; its host form where it declines."""
+        host, out = chunk.host(self.form), bytearray(2 * self.form.section_bytes)
+        length = self.codec.encode(memoryview(host), memoryview(out), chunk.first)
+        return host if length is None or length >= len(host) else bytes(out[:length])
+
+    def decoded(self, stored: bytes) -> bytes:
+        if len(stored) == self.form.section_bytes:
+            return stored
+        out = bytearray(self.form.section_bytes)
+        self.codec.decode(memoryview(stored), memoryview(out))
+        return bytes(out)
+
+
+@st.composite
+def forms(draw) -> ChunkForm:
+    page_tokens = draw(st.sampled_from([1, 3, 8, 16]))
+    kv_heads = draw(st.integers(1, 3))
+    start = draw(st.integers(0, kv_heads - 1))
+    layout = KVLayout(
+        layers=2,
+        kv_heads=kv_heads,
+        head_dim=draw(st.sampled_from([5, 8, 33, 40, 64])),
+        value_dim=draw(st.sampled_from([None, 7, 16, 34])),
+        dtype=draw(st.sampled_from(DTYPES)),
+        page_form=draw(st.sampled_from(["nhd", "hnd"])),
+        page_tokens=page_tokens,
+        # Runs of 32 and 64 tokens end within pages and before the chunk does.
+        chunk_tokens=page_tokens * draw(st.integers(16 // page_tokens, 72 // page_tokens)),
+    )
+    return ChunkForm(layout, Shard(start, draw(st.integers(start + 1, kv_heads))))
+
+
+@st.composite
+def cases(draw) -> QuantizedCase:
+    form, name = draw(forms()), draw(st.sampled_from(NAMES))
+    assume(codec_of(name, form).stored_bytes(0) < form.section_bytes)
+    chunks, pages = draw(st.integers(1, 3)), form.layout.pages
+    table = draw(st.permutations(range(chunks * pages + draw(st.integers(0, 3)))))
+    firsts = [draw(st.sampled_from([0, 1, 3, 4, 33])) % (form.layout.chunk_tokens + 1) for _ in range(chunks)]
+    kind, seed = st.sampled_from(KINDS + SPOILT), st.integers(0, 2**32 - 1)
+    return QuantizedCase(
+        name,
+        form,
+        [[Chunk(draw(kind), draw(seed), first) for first in firsts] for _ in range(draw(st.integers(1, 2)))],
+        [list(table[at * pages : (at + 1) * pages]) for at in range(chunks)],
+        list(draw(st.permutations(range(4)))),
+        draw(st.booleans()),
+    )
+
+
+def case_of(
+    name="int8", dtype=DType.BFLOAT16, page_form="nhd", kinds=("normal", "offset"), first=4, **changes
+):
+    """One layer with a chunk of each kind."""
+    layout = KVLayout(2, 2, 40, dtype, page_form, page_tokens=8, chunk_tokens=40, value_dim=34)
+    layout = replace(layout, **changes)
+    chunks = [Chunk(kind, 7 + number, first) for number, kind in enumerate(kinds)]
+    ids = [[number, *range(10 + number, 160, 10)][: layout.pages] for number in range(len(chunks))]
+    return QuantizedCase(name, ChunkForm(layout, layout.whole), [chunks], ids, [0, 1, 2, 3], apart=True)
+
+
+def quantize(kind: Kind, case: QuantizedCase, guard: bytes) -> None:
+    """Quantize all pages; all that the sections must hold, and no more, is what the codec writes."""
+    form, pages = case.form, case.pages(kind.device, filled=True)
+    before = [own.storage.clone() for own in pages]
+    count = len(case.layers) * len(case.page_ids)
+    empty = guarded([b"\x5a" * form.section_bytes] * count, guard)
+    with kind.host_memory(empty) as memory:
+        views = section_views(memory, form, guard)
+        chunks = len(case.page_ids)
+        by_layer = [views[at : at + chunks] for at in range(0, count, chunks)]
+        copier = kind.make(form, case.codec)
+        written = copier.quantize_layers([own.planes for own in pages], case.page_ids, by_layer, case.firsts)
+        due = [[case.encoded(chunk) for chunk in chunks] for chunks in case.layers]
+        assert written == [[len(own) for own in of_layer] for of_layer in due]
+        for views_, of_layer in zip(by_layer, due, strict=True):
+            for view, own in zip(views_, of_layer, strict=True):
+                assert view[: len(own)] == own
+                view[:] = b"\x5a" * len(view)
+        assert memory == empty
+    for own, was in zip(pages, before, strict=True):
+        assert torch.equal(own.storage, was)
+
+
+def scatter(kind: Kind, case: QuantizedCase, sections: list[bytes], guard: bytes) -> None:
+    """Scatter sections of the first layer: pages hold what the codec decodes, and nothing else changes."""
+    (pages, *_) = case.pages(kind.device, filled=False)
+    due = after_scatter(pages, [case.decoded(own) for own in sections])
+    content = guard + guard.join(sections) + guard
+    with kind.host_memory(content) as memory:
+        views, start = [], len(guard)
+        for own in sections:
+            views.append(memory[start : start + len(own)])
+            start += len(own) + len(guard)
+        kind.make(case.form, case.codec).scatter(views, pages.planes, case.page_ids)
+        assert memory == content
+    assert torch.equal(pages.storage.cpu(), due)
+
+
+@each_kind
+@given(case=cases(), guard=st.sampled_from([7, 16]))
+@hypothesis_settings(max_examples=12, deadline=None)
+def test_p5_pages_are_quantized_to_what_the_codec_makes_of_their_host_form(kind, case, guard):
+    quantize(kind, case, b"\xa5" * guard)
+
+
+@each_kind
+@given(case=cases(), guard=st.sampled_from([7, 16]), raw=st.integers(0, 7), seed=st.integers(0, 2**32 - 1))
+@hypothesis_settings(max_examples=12, deadline=None)
+def test_p5_quantized_and_whole_sections_of_one_scatter_fill_pages_as_the_codec_decodes(
+    kind, case, guard, raw, seed
+):
+    sections = [
+        chunk.host(case.form) if raw >> at & 1 else case.encoded(chunk)
+        for at, chunk in enumerate(case.layers[0])
+    ]
+    scatter(kind, case, sections, b"\xa5" * guard)
+
+
+def any_numbers(case: QuantizedCase, first: int, seed: int) -> bytes:
+    """A quantized section of random codes, scales and lowest elements, of which a reader takes each."""
+    random, codec, elements = np.random.default_rng(seed), case.codec, ELEMENTS[case.form.layout.dtype]
+    stored = bytearray(random.bytes(codec.stored_bytes(first)))
+    stored[:4] = struct.pack("<I", first)
+    for plane, part in zip(codec.planes(first), codec.parts(first), strict=True):
+        bits = random.integers(0x80, plane._scale_bits_max, plane.groups, "<u2", endpoint=True)
+        stored[part.scales : part.lowest] = bits.tobytes()
+        if plane.grid.affine:
+            lowest = random.uniform(-elements.largest, elements.largest, plane.groups)
+            stored[part.lowest : part.codes] = words_of(lowest, case.form.layout.dtype)
+        codes = np.frombuffer(stored, np.uint8)[part.codes : part.end]
+        if case.name == "fp8":
+            codes[codes & 0x7F == 0x7F] = 0x80
+    return bytes(stored)
+
+
+@each_kind
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_p5_every_code_at_every_scale_fills_pages_as_the_codec_decodes(kind, name, dtype):
+    case = case_of(name, dtype, "hnd")
+    scatter(kind, case, [any_numbers(case, first, 5 + first) for first in (0, 4)], b"")
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: elsewhere it takes long, and nothing is fused")
+@each_kind
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_p5_sections_as_large_as_a_models_are_the_same_both_ways(kind, name, dtype):
+    # Some of so many products lie so close to halfway between two codes that rounding once instead of twice,
+    # as fused operations do, gives another code.
+    case = case_of(
+        name, dtype, head_dim=128, value_dim=128, page_tokens=16, kv_heads=8, chunk_tokens=256, first=0
+    )
+    quantize(kind, case, b"")
+    scatter(kind, case, [case.encoded(chunk) for chunk in case.layers[0]], b"")
+
+
+@each_kind
+@pytest.mark.parametrize("word", SPOILT)
+@pytest.mark.parametrize("name", ["int8", "int4:32", "fp8"])
+def test_p5_sections_that_the_codec_declines_come_in_host_form_and_others_quantized(kind, name, word):
+    case = case_of(name, kinds=[word, "tiny", word, "largest"], first=0)
+    assert [len(case.encoded(chunk)) == case.form.section_bytes for chunk in case.layers[0]] == [1, 0, 1, 0]
+    quantize(kind, case, b"")
+
+
+@each_kind
+def test_chunks_that_would_not_be_shorter_come_in_host_form(kind):
+    case = case_of("int4:32")
+    for chunk, first in zip(case.layers[0], [40, 39], strict=True):
+        chunk.first = first
+    quantize(kind, case, b"")
+
+
+def refused(
+    kind: Kind, case: QuantizedCase, sections, *, error=MissError, match=None, ids=None, codec=True
+) -> None:
+    """A scatter is refused, and no page changed."""
+    (pages, *_) = case.pages(kind.device, filled=False)
+    before = pages.storage.clone()
+    copier = kind.make(case.form, case.codec if codec else None)
+    views = [memoryview(bytearray(own)) for own in sections]
+    with pytest.raises(error, match=match) as raised:
+        copier.scatter(views, pages.planes, ids or case.page_ids)
+    assert torch.equal(pages.storage, before)
+    if error is MissError:
+        assert raised.value.reason is MissReason.BAD_ENCODING
+
+
+@each_kind
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_p11_a_section_that_no_writer_writes_is_a_miss_and_no_page_changes(kind, name, whole):
+    case = case_of(name)
+    good = case.layers[0][0].host(case.form) if whole else case.encoded(case.layers[0][0])
+    stored = case.encoded(case.layers[0][1])
+    for length in (0, 3, 4, len(stored) - 1, len(stored) + 1):
+        refused(kind, case, [good, (stored + b"\0")[:length]], match="bytes are")
+    for first in (0, 3, 41, 1 << 31, (1 << 32) - 1):
+        refused(kind, case, [good, struct.pack("<I", first) + stored[4:]], match="lossless tokens")
+    for part in case.codec.parts(4):
+        for bits in (0, 0x7F, 0x7F80, 0x7FC0, 0x8080, 0x7F7F):
+            refused(kind, case, [good, changed(stored, part.lowest - 2, bits)], match="a scale is")
+        if name != "fp8" and part.codes > part.lowest:
+            for bits in (0x7F80, 0xFF80, 0x7FC1, 0xFE81):
+                refused(kind, case, [good, changed(stored, part.codes - 2, bits)], match="lowest element")
+        if name == "fp8":
+            refused(kind, case, [good, changed(stored, part.end - 2, 0xFF00)], match="a code stands")
+
+
+def changed(stored: bytes, at: int, bits: int) -> bytes:
+    return stored[:at] + struct.pack("<H", bits) + stored[at + 2 :]
+
+
+@each_kind
+def test_bad_arguments_are_refused_before_any_page_changes(kind):
+    case = case_of()
+    sections = [case.encoded(chunk) for chunk in case.layers[0]]
+    num_pages = 2 + max(map(max, case.page_ids))
+    wrong = [case.page_ids[0], [*case.page_ids[1][:-1], num_pages]]
+    refused(
+        kind, case, sections, error=MisconfiguredError, match=f"page id {num_pages} of chunk 1", ids=wrong
+    )
+    wrong = [case.page_ids[0], [*case.page_ids[1][:-1], case.page_ids[0][0]]]
+    refused(kind, case, sections, error=MisconfiguredError, match="is the target of two pages", ids=wrong)
+    longer = bytes(case.form.section_bytes + 1)
+    refused(kind, case, [sections[0], longer], error=MisconfiguredError, match="a section of this layout has")
+    refused(kind, case, sections, error=MisconfiguredError, match="a section of this layout has", codec=False)
+
+
+@each_kind
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"lossless_tokens": [4]}, "1 lossless_tokens for 2 chunks"),
+        ({"lossless_tokens": [4, 41]}, "lossless_tokens 41 of chunk 1: takes 0 to 40"),
+        ({"lossless_tokens": [-1, 4]}, "lossless_tokens -1 of chunk 0"),
+        ({"page_ids": [[0, 10, 20, 30, 40], [1, 11, 21, 31, 999]]}, "page id 999 of chunk 1"),
+        ({"codec": None}, "made without a codec"),
+    ],
+)
+def test_bad_arguments_are_refused_before_any_section_changes(kind, changes, says):
+    case = case_of()
+    (pages,) = case.pages(kind.device, filled=True)
+    arguments = {"codec": case.codec, "page_ids": case.page_ids, "lossless_tokens": [4, 4], **changes}
+    sections = [memoryview(bytearray(b"\x5a" * case.form.section_bytes)) for _ in case.page_ids]
+    copier = kind.make(case.form, arguments.pop("codec"))
+    with pytest.raises(MisconfiguredError, match=says):
+        copier.quantize_layers([pages.planes], sections=[sections], **arguments)
+    assert all(bytes(own) == b"\x5a" * len(own) for own in sections)
+
+
+@each_kind
+def test_no_chunk_and_no_layer_are_nothing_to_copy(kind):
+    case = case_of()
+    (pages,) = case.pages(kind.device, filled=True)
+    copier = kind.make(case.form, case.codec)
+    assert copier.quantize_layers([pages.planes], [], [[]], []) == [[]]
+    assert copier.quantize_layers([], case.page_ids, [], case.firsts) == []
+    copier.scatter([], pages.planes, [])
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: elsewhere nothing is queued")
+@each_kind
+def test_a_quantized_copy_comes_after_the_current_stream_and_before_a_stream_that_waits(kind):
+    if kind.device == "cpu":
+        return
+    case = case_of(kinds=["normal"])
+    stored = case.encoded(case.layers[0][0])
+    (full,), (pages,) = case.pages(kind.device, filled=True), case.pages(kind.device, filled=False)
+    copier = kind.make(case.form, case.codec)
+    with kind.host_memory(bytes(case.form.section_bytes)) as memory:
+        torch.cuda._sleep(50_000_000)
+        pages.storage.copy_(full.storage)
+        ((length,),) = copier.quantize_layers([pages.planes], case.page_ids, [[memory]], case.firsts)
+        assert memory[:length] == stored
+        torch.cuda._sleep(50_000_000)
+        pages.storage.zero_()
+        copy, waits = (
+            copier.begin_scatter([memory[:length]], pages.planes, case.page_ids),
+            torch.cuda.Stream(),
+        )
+        copy.stream_wait(waits)
+        with torch.cuda.stream(waits):
+            seen = [plane.clone() for plane in pages.planes]
+        waits.synchronize()
+        copy.wait()
+        assert oracle(seen, case.page_ids[0]) == case.decoded(stored)
