@@ -62,7 +62,7 @@ class ChunkWriter:
     def _encode(
         self, slot: Slot, layer: int, depth: int, out: memoryview
     ) -> tuple[SectionEntry, memoryview, int]:
-        """One section: its entry, its stored bytes in the slot or in `out`, and how many of `out` are taken."""
+        """One section: its entry, its stored bytes in the slot or in `out`, and the bytes taken of `out`."""
         length, extent = self._form.section_bytes, self._extent(slot, layer)
         room, quantized_bytes = out[: length - 1], slot.quantized.get(layer)
         if quantized_bytes is None:
