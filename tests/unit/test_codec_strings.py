@@ -1,4 +1,5 @@
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from offered_codecs import DISTRIBUTION, UPPER_BYTES, offered
@@ -231,9 +232,10 @@ def test_a_codec_of_another_package_that_fails_is_refused_in_settings_and_a_miss
     for taken in (parse_codec, split_codec):
         with pytest.raises(MisconfiguredError, match=name):
             taken(name)
-    with pytest.raises(MissError) as error:
-        decoder(name, FORM)
-    assert error.value.reason is MissReason.UNKNOWN_CODEC
+    for found in (partial(decoder, form=FORM), SectionCodecs("none", FORM).decoder):
+        with pytest.raises(MissError, match=name) as error:
+            found(name)
+        assert error.value.reason is MissReason.UNKNOWN_CODEC
 
 
 @pytest.mark.usefixtures("plugin")
