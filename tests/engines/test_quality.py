@@ -173,8 +173,9 @@ def test_the_codecs_benchmark_finds_the_kv_of_the_trained_model(result, cache):
     assert folder is not None
     sections = codecs._read(folder)
     chunks = SMALL["windows"] * 2
-    assert len(sections.hosts) == chunks * SMALL["layers"]
-    assert {len(host) for host in sections.hosts} == {result["layout"]["section_bytes"]}
+    assert len(sections.sections) == chunks * SMALL["layers"]
+    assert {len(one.host) for one in sections.sections} == {result["layout"]["section_bytes"]}
+    assert [one.depth for one in sections.sections] == [0, 1] * (len(sections.sections) // 2)
 
 
 def test_a_folder_that_is_no_model_is_named(tmp_path, cache):
