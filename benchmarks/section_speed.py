@@ -72,10 +72,10 @@ class SectionTrial:
             host, begin_s = memoryview(section.host), time.thread_time()
             done = self._codecs.encode(host, out[:-1], layer=section.layer, depth=section.depth)
             spent_s += time.thread_time() - begin_s
-            kept = host if done.codec is None else out[: done.stored_bytes]
-            stored.append(
-                StoredSection(None if done.codec is None else self._readers[done.codec], bytes(kept))
-            )
+            if done.codec is None:
+                stored.append(StoredSection(None, section.host))
+            else:
+                stored.append(StoredSection(self._readers[done.codec], bytes(out[: done.stored_bytes])))
         self._encode_s.append(spent_s)
         spent_s = 0.0
         for section, (reader, data) in zip(self._sections, stored, strict=True):
