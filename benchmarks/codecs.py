@@ -44,10 +44,10 @@ import zstandard
 
 from benchmarks.command_line import add_number, add_rounds, parser_of
 from benchmarks.report import machine, print_result, say
-from benchmarks.section_speed import Candidate, HostSection, SectionTrial, StoredSection
+from benchmarks.section_speed import HostSection, SectionTrial, StoredSection
 from benchmarks.thread_scaling import two_thread_scaling
 from benchmarks.trained_kv import CACHE, PREFIX_CHUNKS, newest_kv
-from kvstore.codecs.registry import LOSSLESS
+from kvstore.codecs.registry import split_codec
 from kvstore.codecs.section_codecs import EncodedSection, SectionCodecs
 from kvstore.errors import MisconfiguredError
 from kvstore.layout import ChunkForm, DType, KVLayout
@@ -89,7 +89,6 @@ class Naive:
     """Byte planes by strided copies, each one a zstd frame of level 1. For SectionTrial."""
 
     names = ("naive",)
-    fidelity = LOSSLESS
 
     def __init__(self, item_bytes: int) -> None:
         self._item_bytes = item_bytes
@@ -137,10 +136,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _measure(sections: Sections, names: Iterable[str], rounds: int) -> dict[str, object]:
     codecs = {name: trial for name in names if (trial := _trial(name, sections))}
-    peers = {"naive": _trial_of("naive", Naive(sections.form.layout.dtype.itemsize), sections)}
+    naive = Naive(sections.form.layout.dtype.itemsize)
+    peers = {"naive": SectionTrial(naive, sections.form, sections.sections)}
+    lossy = {name for name in codecs if split_codec(name).tensor is not None}
     for _ in range(rounds):
         for trial in (*codecs.values(), *peers.values()):
             trial.round()
+    for name, trial in (codecs | peers).items():
+        if not trial.exact and name not in lossy:
+            raise SystemExit(f"{name} is not lossless")
     rows = {name: trial.row() for name, trial in (codecs | peers).items()}
     scaling = {name: _decode_scaling(codecs[name].stored, sections.form) for name in SCALED if name in codecs}
     scaling["sha256"] = _hash_scaling(sections.sections)
@@ -164,11 +168,7 @@ def _trial(name: str, sections: Sections) -> SectionTrial | None:
     except MisconfiguredError as error:
         say(f"left out: {error}")
         return None
-    return _trial_of(name, codecs, sections)
-
-
-def _trial_of(name: str, codecs: Candidate, sections: Sections) -> SectionTrial:
-    return SectionTrial(name, codecs, sections.form, sections.sections)
+    return SectionTrial(codecs, sections.form, sections.sections)
 
 
 def _decode_scaling(stored: Sequence[StoredSection], form: ChunkForm) -> float | None:
