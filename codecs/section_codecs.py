@@ -7,10 +7,19 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from kvstore.codecs.contract import ByteCodec, Decoder, TensorCodec
-from kvstore.codecs.registry import LOSSLESS, PLANES, RAW, decoder, parse_codec, split_codec, tensor_name
+from kvstore.codecs.registry import (
+    LOSSLESS,
+    PLANES,
+    RAW,
+    decoder,
+    parse_codec,
+    split_codec,
+    tensor_codec,
+    tensor_name,
+)
 from kvstore.codecs.scratch import Scratch
 from kvstore.codecs.tensor_bytes import EncodedTensorCodec
-from kvstore.codecs.tensor_families import SINK_TOKENS, tensor_codec
+from kvstore.codecs.tensor_families import SINK_TOKENS
 from kvstore.errors import MisconfiguredError, MissError, MissReason
 from kvstore.layout import ChunkForm
 

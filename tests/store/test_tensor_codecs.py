@@ -6,6 +6,7 @@ import itertools
 import numpy as np
 import pytest
 from number_samples import FORM, LAYOUT, Numbers, chain_of, load, save
+from offered_codecs import UPPER_BYTES, offered
 from samples import ScriptedBackend, name_of
 
 from kvstore.backends.memory import StoredObject
@@ -151,3 +152,33 @@ def test_a_layout_that_cannot_be_quantized_is_refused_when_the_store_opens(opene
     ):
         opened(ScriptedBackend(), layout, codec="int8+zstd")
     assert isinstance(opened(ScriptedBackend(), layout, codec="planes"), KVStore)
+
+
+def test_p5_a_tensor_codec_of_another_package_stores_and_loads_within_its_bound(opened, tmp_path):
+    numbers = Numbers()
+    with offered(tmp_path, UPPER_BYTES, {"upper": "UPPER"}):
+        writer, headers = saved_and_loaded(opened, "upper+zstd", numbers, lossless_layers="1")
+    assert writer.fidelity == f"upper:2 lossless_tokens={SINK_TOKENS} lossless_layers=1"
+    off = numbers.off()
+    assert (off < 4 / 128).all()
+    assert ((off > 0) == [True, False, True, True]).all()
+    names = {header.codec_name(header.sections[0]) for header in headers}
+    assert names <= {"upper:2", "upper:2+zstd"}
+
+
+def test_a_store_without_the_package_of_a_codec_misses_what_another_stored_with_it(
+    opened, tmp_path, monkeypatch
+):
+    # A namespace of another fidelity would not even name the chunk: this is one that a writer got wrong.
+    backend, numbers = ScriptedBackend(), Numbers()
+    reader = opened(backend, LAYOUT, codec="none")
+    chain = chain_of(reader.fidelity)
+    with offered(tmp_path, UPPER_BYTES, {"upper": "UPPER"}):
+        writer = opened(backend, LAYOUT, codec="upper")
+        monkeypatch.setattr(writer, "fidelity", reader.fidelity)
+        save(writer, numbers, chain)
+    result = load(reader, numbers, chain)
+    assert result.chunks == 0
+    assert result.failures[0] is MissReason.UNKNOWN_CODEC
+    assert reader.metrics.value("kvstore_missed_chunks_total", reason=MissReason.UNKNOWN_CODEC) >= 1
+    assert np.isnan(numbers.loaded).all()

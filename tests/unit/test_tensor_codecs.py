@@ -16,9 +16,9 @@ from tensor_sections import KINDS, floats_of, section, words_of
 
 from kvstore.codecs import quantized_plane
 from kvstore.codecs.elements import ELEMENTS
-from kvstore.codecs.registry import decoder
+from kvstore.codecs.registry import decoder, tensor_codec
 from kvstore.codecs.section_codecs import SectionCodecs
-from kvstore.codecs.tensor_families import SINK_TOKENS, tensor_codec
+from kvstore.codecs.tensor_families import SINK_TOKENS
 from kvstore.errors import MisconfiguredError, MissError, MissReason
 from kvstore.layout import ChunkForm, DType, KVLayout, Shard
 
