@@ -27,6 +27,7 @@ from kvstore.kernels.host_sections import HostSections
 from kvstore.kernels.quantized_kernels import dequantize, measure, quantize
 from kvstore.kernels.queued_copy import sent_to
 from kvstore.kernels.transfer_kernels import UNIT_BYTES_MAX, transfer
+from kvstore.kernels.triton_kernels import LAUNCH_OPTIONS
 from kvstore.layout import ChunkForm, DType
 
 # Offsets within a section are 32-bit integers.
@@ -209,7 +210,9 @@ class _Call:
     ) -> None:
         """Queue a kernel that works on so many tiles of each section."""
         programs = min(sections * tiles, _PROGRAMS)
-        kernel[programs,](table, self._layers, self._chunks, sections, **self._constants, **constants)
+        kernel[programs,](
+            table, self._layers, self._chunks, sections, **self._constants, **constants, **LAUNCH_OPTIONS
+        )
 
 
 class _Staged:
@@ -242,7 +245,9 @@ class _Staged:
         unit = math.gcd(UNIT_BYTES_MAX, *self._hosts.addresses, self._memory.data_ptr())
         tiles = max(1, -(-max(self.lengths) // min(unit, 8) // _TRANSFER_WORDS))
         programs = min(len(self.lengths) * tiles, _TRANSFER_PROGRAMS)
-        transfer[programs,](pieces, len(self.lengths), tiles, UNIT=unit, BLOCK=_TRANSFER_WORDS)
+        transfer[programs,](
+            pieces, len(self.lengths), tiles, UNIT=unit, BLOCK=_TRANSFER_WORDS, **LAUNCH_OPTIONS
+        )
 
 
 def _cut(lengths: Sequence[int], staged_bytes: int) -> Iterator[slice]:
