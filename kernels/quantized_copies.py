@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from numpy.typing import NDArray
 
-from kvstore.codecs.grids import AFFINE4, AFFINE8, E4M3, SYMMETRIC8, Grid
+from kvstore.codecs.grids import AFFINE4, AFFINE8, E4M3, SYMMETRIC8
 from kvstore.codecs.quantized_plane import PlaneGroups
 from kvstore.codecs.tensors import QuantizedCodec
 from kvstore.errors import MisconfiguredError
@@ -32,12 +32,12 @@ from kvstore.layout import ChunkForm, DType
 
 # Offsets within a section are 32-bit integers.
 SECTION_BYTES_MAX = 1 << 30
-_GRIDS: list[tuple[Grid, int]] = [
-    (AFFINE8, element_kernels.AFFINE8),
-    (SYMMETRIC8, element_kernels.SYMMETRIC8),
-    (AFFINE4, element_kernels.AFFINE4),
-    (E4M3, element_kernels.E4M3),
-]
+_GRIDS = {
+    AFFINE8: element_kernels.AFFINE8,
+    SYMMETRIC8: element_kernels.SYMMETRIC8,
+    AFFINE4: element_kernels.AFFINE4,
+    E4M3: element_kernels.E4M3,
+}
 _WORDS = {DType.BFLOAT16: tl.bfloat16, DType.FLOAT16: tl.float16, DType.FLOAT32: tl.float32}
 _STAGED_ALIGN = 512
 # Enough to keep the bus busy.
@@ -148,7 +148,6 @@ class _Plane:
     """What kernels know of a plane, and how many tiles of it a section has."""
 
     def __init__(self, number: int, groups: PlaneGroups) -> None:
-        grid = next(code for grid, code in _GRIDS if grid is groups.grid)
         own = {
             "PLANE": number,
             "DIM": groups.dim,
@@ -159,7 +158,7 @@ class _Plane:
         row = groups.codes_row_bytes
         across = min(triton.next_power_of_2(row), _ACROSS_MAX)
         down = _TILE // across
-        self.constants = {**own, "GRID": grid, "DOWN": down, "ACROSS": across}
+        self.constants = {**own, "GRID": _GRIDS[groups.grid], "DOWN": down, "ACROSS": across}
         self.tiles = -(-groups.tokens // down) * -(-row // across)
         if groups.by_channel:
             across = min(triton.next_power_of_2(groups.row), _CHANNELS)
