@@ -123,7 +123,7 @@ class PlaneGroups:
             raise bad("a scale is no positive number, or too large")
         if not self.elements.within(np.frombuffer(lowest, self.elements.word)):
             raise bad("a group's lowest element is no number, or too large")
-        if not all(self.grid.sound(np.frombuffer(some, np.uint8)) for some in codes):
+        if not self.grid.sound(codes):
             raise bad("a code stands for no number")
 
     def parameters(self, stored: memoryview) -> Parameters:

@@ -103,9 +103,10 @@ class QuantizedCodec:
                 raise bad(f"{len(stored)} bytes are too few")
             alike.setdefault(_FIRST.unpack_from(stored)[0], []).append(stored)
         for first, some in alike.items():
-            for stored in some:
-                if len(stored) != self.stored_bytes(first):
-                    raise bad(f"{len(stored)} bytes are not what {first} lossless tokens make")
+            due = self.stored_bytes(first)
+            for length in map(len, some):
+                if length != due:
+                    raise bad(f"{length} bytes are not what {first} lossless tokens make")
             for plane, part in zip(self.planes(first), self.parts(first), strict=True):
                 plane.check(
                     # Of all sections at once: one call of numpy for each would cost more than its work.

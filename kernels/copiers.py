@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import mmap
 from collections.abc import Iterable
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from kvstore.codecs.contract import TensorCodec
 from kvstore.kernels.contract import PageCopier
 from kvstore.kernels.page_checks import PageChecks
+from kvstore.kernels.page_lock import page_lock
 from kvstore.kernels.torch_copier import TorchPageCopier
 from kvstore.layout import ChunkForm
 
@@ -49,9 +51,15 @@ def _copy_one_chunk(
         torch.zeros(form.layout.pages, *shape, dtype=torch.uint8, device=device).to(checks.dtype)
         for shape in checks.page_shapes
     ]
-    section = memoryview(bytearray(form.section_bytes))
-    copier.scatter([section], planes, [ids])
-    copier.gather(planes, [ids], [section])
-    if codec is not None:
-        ((length,),) = copier.quantize_layers([planes], [ids], [[section]], [0])
-        copier.scatter([section[:length]], planes, [ids])
+    # As a store's own memory: other kernels serve what is not page-locked.
+    section = memoryview(mmap.mmap(-1, form.section_bytes))
+    unlock = page_lock(section)
+    try:
+        copier.scatter([section], planes, [ids])
+        copier.gather(planes, [ids], [section])
+        if codec is not None:
+            ((length,),) = copier.quantize_layers([planes], [ids], [[section]], [0])
+            copier.scatter([section[:length]], planes, [ids])
+    finally:
+        if unlock is not None:
+            unlock()

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from numpy.typing import NDArray
 
-from kvstore.codecs.grids import AFFINE4, AFFINE8, E4M3, SYMMETRIC8, Grid
+from kvstore.codecs.grids import AFFINE4, AFFINE8, E4M3, SYMMETRIC8
 from kvstore.codecs.quantized_plane import PlaneGroups
 from kvstore.codecs.tensors import QuantizedCodec
 from kvstore.errors import MisconfiguredError
@@ -27,16 +27,17 @@ from kvstore.kernels.host_sections import HostSections
 from kvstore.kernels.quantized_kernels import dequantize, measure, quantize
 from kvstore.kernels.queued_copy import sent_to
 from kvstore.kernels.transfer_kernels import UNIT_BYTES_MAX, transfer
+from kvstore.kernels.triton_kernels import LAUNCH_OPTIONS
 from kvstore.layout import ChunkForm, DType
 
 # Offsets within a section are 32-bit integers.
 SECTION_BYTES_MAX = 1 << 30
-_GRIDS: list[tuple[Grid, int]] = [
-    (AFFINE8, element_kernels.AFFINE8),
-    (SYMMETRIC8, element_kernels.SYMMETRIC8),
-    (AFFINE4, element_kernels.AFFINE4),
-    (E4M3, element_kernels.E4M3),
-]
+_GRIDS = {
+    AFFINE8: element_kernels.AFFINE8,
+    SYMMETRIC8: element_kernels.SYMMETRIC8,
+    AFFINE4: element_kernels.AFFINE4,
+    E4M3: element_kernels.E4M3,
+}
 _WORDS = {DType.BFLOAT16: tl.bfloat16, DType.FLOAT16: tl.float16, DType.FLOAT32: tl.float32}
 _STAGED_ALIGN = 512
 # Enough to keep the bus busy.
@@ -147,7 +148,6 @@ class _Plane:
     """What kernels know of a plane, and how many tiles of it a section has."""
 
     def __init__(self, number: int, groups: PlaneGroups) -> None:
-        grid = next(code for grid, code in _GRIDS if grid is groups.grid)
         own = {
             "PLANE": number,
             "DIM": groups.dim,
@@ -158,7 +158,7 @@ class _Plane:
         row = groups.codes_row_bytes
         across = min(triton.next_power_of_2(row), _ACROSS_MAX)
         down = _TILE // across
-        self.constants = {**own, "GRID": grid, "DOWN": down, "ACROSS": across}
+        self.constants = {**own, "GRID": _GRIDS[groups.grid], "DOWN": down, "ACROSS": across}
         self.tiles = -(-groups.tokens // down) * -(-row // across)
         if groups.by_channel:
             across = min(triton.next_power_of_2(groups.row), _CHANNELS)
@@ -209,7 +209,9 @@ class _Call:
     ) -> None:
         """Queue a kernel that works on so many tiles of each section."""
         programs = min(sections * tiles, _PROGRAMS)
-        kernel[programs,](table, self._layers, self._chunks, sections, **self._constants, **constants)
+        kernel[programs,](
+            table, self._layers, self._chunks, sections, **self._constants, **constants, **LAUNCH_OPTIONS
+        )
 
 
 class _Staged:
@@ -242,7 +244,9 @@ class _Staged:
         unit = math.gcd(UNIT_BYTES_MAX, *self._hosts.addresses, self._memory.data_ptr())
         tiles = max(1, -(-max(self.lengths) // min(unit, 8) // _TRANSFER_WORDS))
         programs = min(len(self.lengths) * tiles, _TRANSFER_PROGRAMS)
-        transfer[programs,](pieces, len(self.lengths), tiles, UNIT=unit, BLOCK=_TRANSFER_WORDS)
+        transfer[programs,](
+            pieces, len(self.lengths), tiles, UNIT=unit, BLOCK=_TRANSFER_WORDS, **LAUNCH_OPTIONS
+        )
 
 
 def _cut(lengths: Sequence[int], staged_bytes: int) -> Iterator[slice]:

@@ -26,7 +26,7 @@ from kvstore.kernels.page_checks import PageChecks
 from kvstore.kernels.page_grid import PAGE_BYTES_MAX, PageGrid
 from kvstore.kernels.quantized_copies import QuantizedCopies
 from kvstore.kernels.queued_copy import QueuedCopy, copying_on, sent_to
-from kvstore.kernels.triton_kernels import copy_pages
+from kvstore.kernels.triton_kernels import LAUNCH_OPTIONS, copy_pages
 from kvstore.layout import ChunkForm
 
 # Under TRITON_INTERPRET=1 kernels run in Python, on memory of the CPU alone.
@@ -120,8 +120,9 @@ class TritonPageCopier(PageCopier):
         with _waited() as copies:
             for planes, memories, of_layer in zip(layers, sections, written, strict=True):
                 left = [chunk for chunk, length in enumerate(of_layer) if length == whole]
-                hosts = [memories[chunk] for chunk in left]
-                copies.append(self._begin([planes], self._ids_of(ids, left), hosts, to_pages=False))
+                if left:
+                    hosts = [memories[chunk] for chunk in left]
+                    copies.append(self._begin([planes], self._ids_of(ids, left), hosts, to_pages=False))
         return written
 
     def begin_scatter(
@@ -312,6 +313,7 @@ class TritonPageCopier(PageCopier):
             V_D2=grid.inner[-1],
             V_RUN=grid.runs[-1],
             BLOCK=tile,
+            **LAUNCH_OPTIONS,
         )
 
 

@@ -35,7 +35,8 @@ from kvstore.layout import ChunkForm, DType, KVLayout, Shard
 NAMES = ["int8", "int4:32", "int4:64", "fp8"]
 DTYPES = [DType.BFLOAT16, DType.FLOAT16, DType.FLOAT32]
 # What a codec declines, where it is not in a lossless token.
-SPOILT = ["nan", "inf", "-inf", "too large"]
+SPOILT = ["nan", "inf", "-inf", "too large", "signaling nan"]
+SIGNALING = {DType.BFLOAT16: b"\x81\x7f", DType.FLOAT16: b"\x01\x7c", DType.FLOAT32: b"\x01\x00\x80\x7f"}
 
 
 def codec_of(name: str, form: ChunkForm) -> QuantizedCodec:
@@ -53,12 +54,18 @@ class Chunk:
 
     def host(self, form: ChunkForm) -> bytes:
         dtype = form.layout.dtype
-        if self.kind not in SPOILT:
+        spoilt = self.kind.removesuffix(" in front")
+        if spoilt not in SPOILT:
             return section(form, self.seed, self.kind)
-        largest = ELEMENTS[dtype].largest
-        bad = words_of([largest * 1.25 if self.kind == "too large" else float(self.kind)], dtype)
         host = section(form, self.seed)
-        at = self.seed % (len(host) // dtype.itemsize) * dtype.itemsize
+        # The first element of a section is one of its first token, in any page form.
+        at = 0 if spoilt != self.kind else self.seed % (len(host) // dtype.itemsize) * dtype.itemsize
+        if spoilt == "signaling nan":
+            bad = SIGNALING[dtype]
+        else:
+            bad = words_of(
+                [1.25 * ELEMENTS[dtype].largest if spoilt == "too large" else float(spoilt)], dtype
+            )
         return host[:at] + bad + host[at + dtype.itemsize :]
 
 
@@ -134,7 +141,7 @@ def cases(draw) -> QuantizedCase:
     chunks, pages = draw(st.integers(1, 3)), form.layout.pages
     table = draw(st.permutations(range(chunks * pages + draw(st.integers(0, 3)))))
     firsts = [draw(st.sampled_from([0, 1, 3, 4, 33])) % (form.layout.chunk_tokens + 1) for _ in range(chunks)]
-    kind, seed = st.sampled_from(KINDS + SPOILT), st.integers(0, 2**32 - 1)
+    kind, seed = st.sampled_from([*KINDS, *SPOILT, "signaling nan in front"]), st.integers(0, 2**32 - 1)
     return QuantizedCase(
         name,
         form,
@@ -254,12 +261,22 @@ def test_p5_sections_as_large_as_a_models_are_the_same_both_ways(kind, name, dty
 
 
 @each_kind
-@pytest.mark.parametrize("word", SPOILT)
 @pytest.mark.parametrize("name", ["int8", "int4:32", "fp8"])
-def test_p5_sections_that_the_codec_declines_come_in_host_form_and_others_quantized(kind, name, word):
-    case = case_of(name, kinds=[word, "tiny", word, "largest"], first=0)
-    assert [len(case.encoded(chunk)) == case.form.section_bytes for chunk in case.layers[0]] == [1, 0, 1, 0]
+def test_p5_sections_that_the_codec_declines_come_in_host_form_and_others_quantized(kind, name):
+    case = case_of(name, kinds=[*SPOILT, "tiny", "largest"], first=0)
+    whole = [len(case.encoded(chunk)) == case.form.section_bytes for chunk in case.layers[0]]
+    assert whole == [True] * len(SPOILT) + [False] * 2
     quantize(kind, case, b"")
+
+
+@each_kind
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_p5_lossless_tokens_keep_payloads_of_nan_both_ways(kind, dtype):
+    case = case_of("fp8", dtype, kinds=["signaling nan in front", "inf in front"], first=1)
+    sections = [case.encoded(chunk) for chunk in case.layers[0]]
+    assert all(len(own) < case.form.section_bytes for own in sections)
+    quantize(kind, case, b"")
+    scatter(kind, case, sections, b"")
 
 
 @each_kind
@@ -270,40 +287,51 @@ def test_chunks_that_would_not_be_shorter_come_in_host_form(kind):
     quantize(kind, case, b"")
 
 
-def refused(
-    kind: Kind, case: QuantizedCase, sections, *, error=MissError, match=None, ids=None, codec=True
-) -> None:
-    """A scatter is refused, and no page changed."""
-    (pages, *_) = case.pages(kind.device, filled=False)
-    before = pages.storage.clone()
-    copier = kind.make(case.form, case.codec if codec else None)
-    views = [memoryview(bytearray(own)) for own in sections]
-    with pytest.raises(error, match=match) as raised:
-        copier.scatter(views, pages.planes, ids or case.page_ids)
-    assert torch.equal(pages.storage, before)
-    if error is MissError:
+class Refusals:
+    """Scatters that are refused, and change no page."""
+
+    def __init__(self, kind: Kind, case: QuantizedCase) -> None:
+        self.kind, self.case = kind, case
+        (self.pages, *_) = case.pages(kind.device, filled=False)
+        self.before = self.pages.storage.clone()
+        self.copier = kind.make(case.form, case.codec)
+
+    def miss(self, sections, match):
+        with pytest.raises(MissError, match=match) as raised:
+            self.scatter(sections)
         assert raised.value.reason is MissReason.BAD_ENCODING
+        assert torch.equal(self.pages.storage, self.before)
+
+    def misconfigured(self, sections, match, **changes):
+        with pytest.raises(MisconfiguredError, match=match):
+            self.scatter(sections, **changes)
+        assert torch.equal(self.pages.storage, self.before)
+
+    def scatter(self, sections, *, page_ids=None, copier=None):
+        views = [memoryview(bytearray(own)) for own in sections]
+        (copier or self.copier).scatter(views, self.pages.planes, page_ids or self.case.page_ids)
 
 
 @each_kind
-@pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("name", NAMES)
-def test_p11_a_section_that_no_writer_writes_is_a_miss_and_no_page_changes(kind, name, whole):
+def test_p11_a_section_that_no_writer_writes_is_a_miss_and_no_page_changes(kind, name):
     case = case_of(name)
-    good = case.layers[0][0].host(case.form) if whole else case.encoded(case.layers[0][0])
+    refusals, good = Refusals(kind, case), case.encoded(case.layers[0][0])
+    if name == "int4:32":
+        good = case.layers[0][0].host(case.form)
     stored = case.encoded(case.layers[0][1])
     for length in (0, 3, 4, len(stored) - 1, len(stored) + 1):
-        refused(kind, case, [good, (stored + b"\0")[:length]], match="bytes are")
+        refusals.miss([good, (stored + b"\0")[:length]], "bytes are")
     for first in (0, 3, 41, 1 << 31, (1 << 32) - 1):
-        refused(kind, case, [good, struct.pack("<I", first) + stored[4:]], match="lossless tokens")
+        refusals.miss([good, struct.pack("<I", first) + stored[4:]], "lossless tokens")
     for part in case.codec.parts(4):
         for bits in (0, 0x7F, 0x7F80, 0x7FC0, 0x8080, 0x7F7F):
-            refused(kind, case, [good, changed(stored, part.lowest - 2, bits)], match="a scale is")
-        if name != "fp8" and part.codes > part.lowest:
+            refusals.miss([good, changed(stored, part.lowest - 2, bits)], "a scale is")
+        if part.codes > part.lowest:
             for bits in (0x7F80, 0xFF80, 0x7FC1, 0xFE81):
-                refused(kind, case, [good, changed(stored, part.codes - 2, bits)], match="lowest element")
+                refusals.miss([good, changed(stored, part.codes - 2, bits)], "lowest element")
         if name == "fp8":
-            refused(kind, case, [good, changed(stored, part.end - 2, 0xFF00)], match="a code stands")
+            refusals.miss([good, changed(stored, part.end - 2, 0xFF00)], "a code stands")
 
 
 def changed(stored: bytes, at: int, bits: int) -> bytes:
@@ -313,17 +341,15 @@ def changed(stored: bytes, at: int, bits: int) -> bytes:
 @each_kind
 def test_bad_arguments_are_refused_before_any_page_changes(kind):
     case = case_of()
-    sections = [case.encoded(chunk) for chunk in case.layers[0]]
-    num_pages = 2 + max(map(max, case.page_ids))
-    wrong = [case.page_ids[0], [*case.page_ids[1][:-1], num_pages]]
-    refused(
-        kind, case, sections, error=MisconfiguredError, match=f"page id {num_pages} of chunk 1", ids=wrong
-    )
-    wrong = [case.page_ids[0], [*case.page_ids[1][:-1], case.page_ids[0][0]]]
-    refused(kind, case, sections, error=MisconfiguredError, match="is the target of two pages", ids=wrong)
+    refusals, sections = Refusals(kind, case), [case.encoded(chunk) for chunk in case.layers[0]]
+    num_pages, (first, second) = 2 + max(map(max, case.page_ids)), case.page_ids
+    wrong = [first, [*second[:-1], num_pages]]
+    refusals.misconfigured(sections, f"page id {num_pages} of chunk 1", page_ids=wrong)
+    wrong = [first, [*second[:-1], first[0]]]
+    refusals.misconfigured(sections, "is the target of two pages", page_ids=wrong)
     longer = bytes(case.form.section_bytes + 1)
-    refused(kind, case, [sections[0], longer], error=MisconfiguredError, match="a section of this layout has")
-    refused(kind, case, sections, error=MisconfiguredError, match="a section of this layout has", codec=False)
+    refusals.misconfigured([sections[0], longer], "a section of this layout has")
+    refusals.misconfigured(sections, "a section of this layout has", copier=kind.make(case.form))
 
 
 @each_kind
