@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from benchmarks.pinned_sections import PinnedSections, medians
-from kvstore.codecs.tensor_families import SINK_TOKENS, tensor_codec
+from kvstore.codecs.registry import tensor_codec
+from kvstore.codecs.tensor_families import SINK_TOKENS
 from kvstore.kernels.copiers import page_copier
 from kvstore.kernels.torch_copier import TorchPageCopier
 

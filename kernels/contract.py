@@ -41,15 +41,15 @@ class PageCopier(Protocol):
     page_ids  for each chunk the indices of its `layout.pages` pages, in token order
     sections  for each chunk one host section: contiguous, format B, borrowed for the call. In host form
               it is `form.section_bytes` long; shorter ones are quantized, which a scatter with a codec
-              takes, also beside others in one call
+              takes, also beside others in one call. The codec's `check` has passed them before: it
+              looks at every code, which takes longer than the copy
 
     On a GPU a copy comes after the work that the calling thread's current stream has been given,
     and nothing waits for the whole device. `begin_` forms return while it goes on; see QueuedCopy.
 
-    Every wrapper checks shapes, dtypes and index bounds before it copies the first byte and
-    raises MisconfiguredError; a scatter also MissError(BAD_ENCODING) for a quantized section that no
-    writer writes. On these errors no page and no section has been touched. On any error nothing goes
-    on when the call has ended.
+    Every wrapper checks shapes, dtypes, lengths and index bounds before it copies the first byte and
+    raises MisconfiguredError; on that error no page and no section has been touched. On any error
+    nothing goes on when the call has ended.
     """
 
     def gather(

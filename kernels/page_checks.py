@@ -65,10 +65,7 @@ class PageChecks:
         planes: Sequence[torch.Tensor],
         page_ids: Sequence[Sequence[int]],
     ) -> array[int]:
-        """Check a scatter's arguments. Returns the page ids, chunk after chunk, as 64-bit integers.
-
-        Raises MissError(BAD_ENCODING) for a quantized section that no writer writes.
-        """
+        """Check a scatter's arguments. Returns the page ids, chunk after chunk, as 64-bit integers."""
         ids = self._check(planes, page_ids, sections, shorter=self._codec is not None)
         for number, plane in enumerate(planes):
             sizes_and_strides = zip(plane.shape, plane.stride(), strict=True)
@@ -79,8 +76,6 @@ class PageChecks:
                 )
         if ids.twice is not None:
             raise MisconfiguredError(f"page id {ids.twice} is the target of two pages of one scatter")
-        if self._codec is not None:
-            self._codec.check([section for section in sections if self.is_quantized(section)])
         return ids.flat
 
     def is_quantized(self, section: memoryview) -> bool:
@@ -157,10 +152,20 @@ class PageChecks:
                     f"section {chunk} has format {section.format!r}, shape {section.shape} and strides"
                     f" {section.strides}: needs contiguous bytes, format 'B', one dimension"
                 )
-            if section.nbytes > length or (section.nbytes < length and not shorter):
+            if section.nbytes != length and not (shorter and self._quantized_whole(section)):
                 raise MisconfiguredError(
                     f"section {chunk} has {section.nbytes} bytes, a section of this layout has {length}"
+                    f"{', and what the codec wrote has another length' if shorter else ''}"
                 )
+
+    def _quantized_whole(self, section: memoryview) -> bool:
+        """Whether a section is as long as what the codec writes for as many lossless tokens as it says."""
+        assert self._codec is not None
+        tokens = int.from_bytes(section[:4], "little")
+        return (
+            tokens <= self._form.layout.chunk_tokens
+            and section.nbytes == self._codec.stored_bytes(tokens) < self._form.section_bytes
+        )
 
 
 class PageIds:
