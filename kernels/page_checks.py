@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import chain
 
 import torch
@@ -29,6 +30,7 @@ class PageChecks:
         layout = form.layout
         self.dtype: torch.dtype = torch.uint8 if layout.is_opaque else getattr(torch, str(layout.dtype))
         self.page_shapes = _page_shapes(form)
+        self._bytes_of = lru_cache(maxsize=64)(self._bytes_after)
         # Layer after layer comes with the same ids: what is known of them is kept.
         self._last = PageIds([])
 
@@ -77,6 +79,14 @@ class PageChecks:
         if ids.twice is not None:
             raise MisconfiguredError(f"page id {ids.twice} is the target of two pages of one scatter")
         return ids.flat
+
+    def kinds_of(self, sections: Sequence[memoryview]) -> tuple[list[int], list[int]]:
+        """Which of the sections, which have been checked, are quantized, and which are not."""
+        kinds: tuple[list[int], list[int]] = ([], [])
+        if self._codec is not None:
+            for chunk, section in enumerate(sections):
+                kinds[not self.is_quantized(section)].append(chunk)
+        return kinds
 
     def is_quantized(self, section: memoryview) -> bool:
         """Whether a section that has been checked is quantized."""
@@ -152,20 +162,23 @@ class PageChecks:
                     f"section {chunk} has format {section.format!r}, shape {section.shape} and strides"
                     f" {section.strides}: needs contiguous bytes, format 'B', one dimension"
                 )
-            if section.nbytes != length and not (shorter and self._quantized_whole(section)):
+            if section.nbytes != length and not (
+                shorter and section.nbytes == self._quantized_bytes(section)
+            ):
                 raise MisconfiguredError(
-                    f"section {chunk} has {section.nbytes} bytes, a section of this layout has {length}"
+                    f"section {chunk} has {size} bytes, a section of this layout has {length}"
                     f"{', and what the codec wrote has another length' if shorter else ''}"
                 )
 
-    def _quantized_whole(self, section: memoryview) -> bool:
-        """Whether a section is as long as what the codec writes for as many lossless tokens as it says."""
-        assert self._codec is not None
-        tokens = int.from_bytes(section[:4], "little")
-        return (
-            tokens <= self._form.layout.chunk_tokens
-            and section.nbytes == self._codec.stored_bytes(tokens) < self._form.section_bytes
-        )
+    def _quantized_bytes(self, section: memoryview) -> int | None:
+        """What the codec writes for as many lossless tokens as a section says."""
+        return self._bytes_of(int.from_bytes(section[:4], "little"))
+
+    def _bytes_after(self, lossless_tokens: int) -> int | None:
+        if self._codec is None or lossless_tokens > self._form.layout.chunk_tokens:
+            return None
+        length = self._codec.stored_bytes(lossless_tokens)
+        return length if length < self._form.section_bytes else None
 
 
 class PageIds:

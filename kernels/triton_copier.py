@@ -133,10 +133,9 @@ class TritonPageCopier(PageCopier):
     ) -> QueuedCopy:
         """Begin to copy sections into pages. A stream that waits for the copy finds the pages filled."""
         ids = self._checks.check_scatter(sections, planes, page_ids)
-        quantized = [chunk for chunk, own in enumerate(sections) if self._checks.is_quantized(own)]
+        quantized, whole = self._checks.kinds_of(sections)
         if not quantized:
             return self._begin([planes], ids, sections, to_pages=True)
-        whole = [chunk for chunk, own in enumerate(sections) if not self._checks.is_quantized(own)]
         with self._copying([planes], to_pages=True) as queued:
             if whole:
                 hosts = HostSections.of([sections[chunk] for chunk in whole])
