@@ -162,9 +162,8 @@ class PageChecks:
                     f"section {chunk} has format {section.format!r}, shape {section.shape} and strides"
                     f" {section.strides}: needs contiguous bytes, format 'B', one dimension"
                 )
-            if section.nbytes != length and not (
-                shorter and section.nbytes == self._quantized_bytes(section)
-            ):
+            size = section.nbytes
+            if size != length and not (shorter and size == self._quantized_bytes(section)):
                 raise MisconfiguredError(
                     f"section {chunk} has {size} bytes, a section of this layout has {length}"
                     f"{', and what the codec wrote has another length' if shorter else ''}"
