@@ -24,7 +24,7 @@ from kvstore.layout import ChunkForm, DType, KVLayout
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
-    # For good: Triton looks again while it runs.
+    # As conftest does where nothing looks like a GPU; for good: Triton looks again while it runs.
     os.environ["TRITON_INTERPRET"] = "1"
 try:
     from kvstore.kernels import triton_copier
