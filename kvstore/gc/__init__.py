@@ -1,0 +1,1 @@
+"""Garbage collection of a bucket: what may go, in which order, and taking it away among live engines."""

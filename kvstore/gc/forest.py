@@ -1,0 +1,78 @@
+"""Which chunk continues which: the prefix trees of a bucket, and what spreads along them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvstore.gc.chunks import NONE, Chunks, Flags, Int32s, Int64s, keys_of, match
+
+
+@dataclass(frozen=True)
+class Forest:
+    """Prefix trees over the rows of some chunks.
+
+    parent     row of the chunk before, NONE where that is not there
+    doubtful   rows whose parent is not known, or whose depth contradicts that of their parent
+    deepest    all rows that are not doubtful, the deepest ones first
+    levels     where in `deepest` each depth begins, and its end
+    """
+
+    parent: Int32s
+    doubtful: Flags
+    deepest: Int64s
+    levels: Int64s
+
+    @classmethod
+    def of(cls, chunks: Chunks) -> Forest:
+        """Find every chunk's parent by its hash."""
+        parent = _parents(chunks)
+        doubtful = ~chunks.parent_known
+        child = np.flatnonzero(parent != NONE)
+        above = parent[child]
+        wrong = ~chunks.parent_known[above] | (chunks.depth[above] + 1 != chunks.depth[child])
+        doubtful[child[wrong]] = True
+        # With every depth one more than its parent's there is no cycle.
+        parent[doubtful] = NONE
+        sure = np.flatnonzero(~doubtful)
+        deepest = sure[np.argsort(-chunks.depth[sure], kind="stable")]
+        depths = chunks.depth[deepest]
+        starts = np.flatnonzero(np.diff(depths)) + 1
+        return cls(parent, doubtful, deepest, np.concatenate(([0], starts, [len(deepest)])))
+
+    def raise_to_parents(self, values: np.ndarray[tuple[int], np.dtype[np.float64]]) -> None:
+        """Make every value, in place, the largest of its chunk's and of all that continue it."""
+        for rows in self._upwards():
+            np.maximum.at(values, self.parent[rows], values[rows])
+
+    def tops(self) -> Int32s:
+        """For each row that of the first chunk of its prefix that is there; it may be its own."""
+        tops = np.arange(len(self.parent), dtype=np.int32)
+        for rows in reversed(list(self._upwards())):
+            tops[rows] = tops[self.parent[rows]]
+        return tops
+
+    def _upwards(self) -> Iterator[Int64s]:
+        """Rows that have a parent, level by level, the deepest first."""
+        for start, stop in zip(self.levels[:-1], self.levels[1:], strict=True):
+            rows = self.deepest[start:stop]
+            rows = rows[self.parent[rows] != NONE]
+            if len(rows):
+                yield rows
+
+
+def _parents(chunks: Chunks) -> Int32s:
+    forest = chunks.forest()
+    child = np.flatnonzero(chunks.parent_known)
+
+    def same(rows: Int64s, asked: Int64s) -> Flags:
+        asked = child[asked]
+        alike: Flags = (chunks.hash[rows] == chunks.parent[asked]).all(axis=1)
+        return alike & (forest[rows] == forest[asked])
+
+    parent = np.full(len(chunks), NONE, np.int32)
+    wanted = keys_of(chunks.parent[child], forest[child])
+    parent[child] = match(keys_of(chunks.hash, forest), wanted, same)
+    return parent
