@@ -40,9 +40,11 @@ def synthetic_chunks(objects: int, seed: int = 0) -> Chunks:
     parent = row - 1
     starts = np.arange(0, objects, CHAIN)
     # A third begin a prefix, the others continue what was there before.
-    parent[starts] = np.where(source.random(len(starts)) < 1 / 3, -1, (source.random(len(starts)) * starts - 1))
+    parent[starts] = np.where(
+        source.random(len(starts)) < 1 / 3, -1, (source.random(len(starts)) * starts - 1)
+    )
     parent[0] = -1
-    depth = np.zeros(objects, np.int64)
+    depth = np.zeros(objects, np.int32)
     tree = np.where(parent < 0, row % ROOTS, 0).astype(np.int32)
     for start in range(0, objects, CHAIN):
         above = parent[start]

@@ -40,10 +40,13 @@ class Presence:
         self._lock = threading.Lock()
         self._known: OrderedDict[bytes, tuple[bool, float]] = OrderedDict()
         self._damaged: OrderedDict[bytes, float] = OrderedDict()
+        self._doomed: frozenset[bytes] = frozenset()
 
     def get(self, key: ChunkKey) -> bool | None:
-        """True: present and not seen to be damaged, False: absent or damaged, None: not known."""
+        """True: present and not seen to be damaged, False: absent, damaged or doomed, None: not known."""
         with self._lock:
+            if key.hash in self._doomed:
+                return False
             known = self._known.get(key.hash)
             damaged_until = self._damaged.get(key.hash, 0.0)
         if damaged_until > self._clock():
@@ -61,7 +64,7 @@ class Presence:
         with self._lock:
             for index in range(low, len(keys)):
                 hash_ = keys[index].hash
-                if self._damaged and self._damaged.get(hash_, 0.0) > now:
+                if hash_ in self._doomed or (self._damaged and self._damaged.get(hash_, 0.0) > now):
                     return low, index
                 known = self._known.get(hash_)
                 if known is None or known[1] < now:
@@ -70,6 +73,14 @@ class Presence:
                     return low, index
                 low = index + 1
         return low, len(keys)
+
+    def doom(self, hashes: frozenset[bytes]) -> None:
+        """Count just these chunks as absent, whatever is seen of them: they are about to be removed."""
+        with self._lock:
+            for hash_ in self._doomed - hashes:
+                # Seen before it was removed, if it was.
+                self._known.pop(hash_, None)
+            self._doomed = hashes
 
     def note(self, keys: Iterable[ChunkKey], *, present: bool) -> None:
         """Remember what a request has shown of these chunks."""

@@ -66,7 +66,7 @@ def chunks_of(rows: list[dict[str, object]]) -> Chunks:
         hash=hashes("hash"),
         parent=hashes("parent"),
         parent_known=column("parent_known", np.bool_),
-        depth=column("depth", np.int64),
+        depth=column("depth", np.int32),
         tokens=column("tokens", np.int32),
         object_bytes=column("object_bytes", np.int64),
         stored_s=column("stored_s", np.float64),
@@ -88,12 +88,11 @@ def names_of(chunks: Chunks, rows: np.ndarray) -> set[tuple[int, int, bytes]]:
 
 def children_of(chunks: Chunks) -> dict[int, list[int]]:
     """By row the rows of the chunks that say they continue it."""
-    rows = {
-        (int(chunks.namespace[i]), int(chunks.shard[i]), chunks.hash[i].tobytes()): i for i in range(len(chunks))
-    }
+    forest = chunks.forest().tolist()
+    rows = {(forest[i], chunks.hash[i].tobytes()): i for i in range(len(chunks))}
     children: dict[int, list[int]] = {}
     for i in range(len(chunks)):
-        parent = rows.get((int(chunks.namespace[i]), int(chunks.shard[i]), chunks.parent[i].tobytes()))
+        parent = rows.get((forest[i], chunks.parent[i].tobytes()))
         if parent is not None:
             children.setdefault(parent, []).append(i)
     return children

@@ -20,12 +20,12 @@ from kvstore.keys import (
     namespace_folder,
     parse_object_name,
 )
+from kvstore.listing import NAMESPACE_NAME, namespaces
 from kvstore.namespace import Namespace
 
 DOCUMENT_BYTES_MAX = 64 * 1024
 HASH_DIGITS_MIN = 6
 CANDIDATES_MAX = 8
-_NAMESPACE = re.compile(r"[0-9a-f]{16}")
 _TARGET = re.compile(r"(?P<namespace>[0-9a-f]{1,15}|[0-9a-f]{16}(?:/(?P<hash>[0-9a-f]{0,64}))?)")
 _KEY = re.compile(
     r"(?:(?P<namespace>[0-9a-f]{16})/)?(?:[0-9a-f]{2}/)?(?P<hash>[0-9a-f]{2,64})(?P<shard>\.\d+-\d+)?"
@@ -63,7 +63,7 @@ class Target(NamedTuple):
     @property
     def is_namespace(self) -> bool:
         """Whether it names one namespace in full."""
-        return _NAMESPACE.fullmatch(self.namespace) is not None
+        return NAMESPACE_NAME.fullmatch(self.namespace) is not None
 
 
 def parse_target(prefix: str, text: str) -> Target | None:
@@ -80,7 +80,7 @@ async def usages(backend: Backend, prefix: str, digits: str) -> AsyncIterator[Us
     current, outside = Usage(""), Usage("")
     async for info in backend.list(folder + digits):
         name, slash, _ = info.name[len(folder) :].partition("/")
-        if not (slash and _NAMESPACE.fullmatch(name)):
+        if not (slash and NAMESPACE_NAME.fullmatch(name)):
             outside.foreign += 1
             continue
         if name != current.namespace:
@@ -177,18 +177,10 @@ async def _fitting(backend: Backend, prefix: str, key: KeyPattern) -> AsyncItera
 
 
 async def _namespace_names(backend: Backend, prefix: str, known: str) -> AsyncIterator[str]:
-    """Names of all namespaces, found by leaping over their objects: about one request each."""
+    """The one that is known, or all of them."""
     if known:
         yield known
         return
-    folder = format_folder(prefix)
-    after: str | None = ""
-    while after is not None:
-        start_after, after = after, None
-        async for info in backend.list(folder, start_after=start_after):
-            name, slash, _ = info.name[len(folder) :].partition("/")
-            if slash and _NAMESPACE.fullmatch(name):
-                yield name
-                # "0" is the character behind "/".
-                after = f"{folder}{name}0"
-                break
+    async for found in namespaces(backend, prefix):
+        if isinstance(found, str):
+            yield found

@@ -42,7 +42,7 @@ class Chunks:
     hash: Bytes2D
     parent: Bytes2D
     parent_known: Flags
-    depth: Int64s
+    depth: Int32s
     tokens: Int32s
     object_bytes: Int64s
     stored_s: Doubles

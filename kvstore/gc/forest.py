@@ -70,9 +70,10 @@ def _parents(chunks: Chunks) -> Int32s:
     def same(rows: Int64s, asked: Int64s) -> Flags:
         asked = child[asked]
         alike: Flags = (chunks.hash[rows] == chunks.parent[asked]).all(axis=1)
-        return alike & (forest[rows] == forest[asked])
+        alike &= forest[rows] == forest[asked]
+        return alike
 
     parent = np.full(len(chunks), NONE, np.int32)
-    wanted = keys_of(chunks.parent[child], forest[child])
+    wanted = keys_of(chunks.parent, forest)[child]
     parent[child] = match(keys_of(chunks.hash, forest), wanted, same)
     return parent

@@ -169,7 +169,7 @@ def test_what_is_dearer_to_compute_again_stays_longer():
 
 
 def test_tenants_are_told_apart_by_their_salt():
-    rows = [row(f"{tenant} {i}", f"salt {tenant}", 0) for tenant, count in (("a", 5), ("b", 2)) for i in range(count)]
+    rows = [row(f"{tenant} {i}", f"salt {tenant}", 0) for tenant, i in zip("aaaaabb", range(7), strict=True)]
     planned = plan(chunks_of(rows), Policy(max_tenant_bytes=250), NOW_S)
     assert len(planned.rows) == 3
     assert max(planned.rows.tolist()) < 5

@@ -1,0 +1,180 @@
+"""A node's side of garbage collection: it sees what is marked, and says what of that it uses.
+
+A collector marks chunks long before it removes them. A node reads the marks every WATCH_S; a marked
+chunk that it uses it names in a touch record, and the collector lets it live. Right before it removes
+what is left the collector announces a sweep and waits SETTLE_S: until every node has either told of
+its last uses or knows that these chunks are doomed. A doomed chunk counts as absent, and neither it
+nor what continues it is saved before the sweep is over.
+
+So no chunk is removed that a chunk saved meanwhile continues, and that needs no clock but the
+node's own, for durations.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Iterable
+
+from kvstore.backends.contract import Backend
+from kvstore.errors import KVStoreError, MisconfiguredError
+from kvstore.gc.names import Announcement, announced_folder, parse_announcement, touch_name
+from kvstore.gc.records import HASHES_MAX, DamagedRecordError, read_hashes, seal_hashes
+from kvstore.keys import ChunkKey
+from kvstore.layout import Shard
+from kvstore.presence import Presence
+from kvstore.warn import WarnRarely
+
+WATCH_S = 60.0
+# An upload demands that marks were read so lately.
+STALE_S = 2 * WATCH_S
+# Uses noted by then are written down WATCH_S later, and that may take a while.
+SETTLE_S = 5 * WATCH_S
+# A sweep removes nothing any more so long after it was announced.
+SWEEP_S = 3600.0
+# A use so soon after another is not told again: collectors let live what was used in GRACE_S_MIN.
+RETELL_S = 10 * WATCH_S
+_TOPIC = "garbage collection"
+
+
+class DoomedError(KVStoreError):
+    """A chunk, or the one before it, is about to be removed by a garbage collection."""
+
+
+class MarkWatch:
+    """What collectors have announced about one shard's chunks. On one event loop but for `note_used`.
+
+    backend   asked for what is announced, one LIST each time
+    presence  told which chunks are doomed
+    """
+
+    def __init__(
+        self, backend: Backend, prefix: str, shard: Shard, presence: Presence, warn: WarnRarely
+    ) -> None:
+        self._backend = backend
+        self._prefix = prefix
+        self._shard = shard
+        self._presence = presence
+        self._warn = warn
+        self._namespaces: set[str] = set()
+        self._read_s: dict[str, float] = {}
+        self._marks: dict[Announcement, frozenset[bytes]] = {}
+        self._sweeps: dict[Announcement, float] = {}
+        self._marked: dict[bytes, Announcement] = {}
+        self._doomed: frozenset[bytes] = frozenset()
+        self._pending: dict[bytes, str] = {}
+        self._told_s: dict[bytes, float] = {}
+        self._reading = asyncio.Lock()
+
+    async def run(self) -> None:
+        """Read what is announced, and write what was used, for ever."""
+        while True:
+            try:
+                await self.read()
+            except KVStoreError as error:
+                self._warn(_TOPIC, f"cannot learn what a garbage collection is about to remove: {error}")
+            await asyncio.sleep(WATCH_S)
+
+    def note_used(self, keys: Iterable[ChunkKey]) -> None:
+        """Tell of chunks in use, from any thread: those that are marked are to live."""
+        marked = self._marked
+        for key in keys:
+            name = key.namespace_digest.hex()[:16]
+            if name not in self._namespaces:
+                self._namespaces.add(name)
+            if marked:
+                self._use(key.hash, marked)
+
+    async def check_upload(self, key: ChunkKey) -> None:
+        """Demand that a chunk may be stored now: neither it nor the chunk before it is doomed.
+
+        The chunk before it is used by that. Raises DoomedError, and what reading raises.
+        """
+        name = key.namespace_digest.hex()[:16]
+        self._namespaces.add(name)
+        if self._now_s() - self._read_s.get(name, -STALE_S) >= STALE_S:
+            await self._read_if_allowed(name)
+        for hash_ in (key.hash, key.parent):
+            if hash_ in self._doomed:
+                raise DoomedError("it continues, or is, what a garbage collection is about to remove")
+            self._use(hash_, self._marked)
+
+    async def read(self) -> None:
+        """Learn what is announced, and write down what was used of it."""
+        async with self._reading:
+            began_s = self._now_s()
+            namespaces = set(self._namespaces)
+            listed = await self._listed(namespaces)
+            for mark in [each for each in listed if not each.sweep and each not in self._marks]:
+                self._marks[mark] = await self._read_mark(mark)
+            self._apply(listed, began_s)
+            for name in namespaces:
+                self._read_s[name] = began_s
+            await self._tell()
+
+    async def _read_mark(self, mark: Announcement) -> frozenset[bytes]:
+        try:
+            return await read_hashes(self._backend, mark.name(self._prefix)) or frozenset()
+        except DamagedRecordError as error:
+            # No collector can read it either, so none removes anything for it.
+            self._warn(_TOPIC, str(error))
+            return frozenset()
+
+    async def _read_if_allowed(self, name: str) -> None:
+        try:
+            await self.read()
+        except MisconfiguredError as error:
+            # Saving goes on: at worst a prefix has a hole until it is saved again.
+            self._read_s[name] = self._now_s()
+            self._warn(_TOPIC, f"cannot learn what a garbage collection is about to remove: {error}")
+
+    async def _listed(self, namespaces: set[str]) -> set[Announcement]:
+        found = set()
+        async for info in self._backend.list(announced_folder(self._prefix)):
+            announced = parse_announcement(self._prefix, info.name)
+            if announced is None or announced.span.shard != self._shard:
+                continue
+            if announced.span.namespace_name in namespaces:
+                found.add(announced)
+        return found
+
+    def _apply(self, listed: set[Announcement], now_s: float) -> None:
+        self._marks = {mark: hashes for mark, hashes in self._marks.items() if mark in listed}
+        sweeps = {each for each in listed if each.sweep}
+        self._sweeps = {sweep: self._sweeps.get(sweep, now_s) for sweep in sweeps}
+        doomed: set[bytes] = set()
+        for sweep, seen_s in self._sweeps.items():
+            # Its collector is dead, or has given up.
+            if now_s - seen_s < SWEEP_S:
+                doomed |= self._marks.get(sweep.mark, frozenset())
+        self._doomed = frozenset(doomed)
+        self._marked = {hash_: mark for mark, hashes in self._marks.items() for hash_ in hashes}
+        self._told_s = {hash_: told_s for hash_, told_s in self._told_s.items() if hash_ in self._marked}
+        self._presence.doom(self._doomed)
+
+    def _use(self, hash_: bytes, marked: dict[bytes, Announcement]) -> None:
+        mark = marked.get(hash_)
+        if mark is not None and hash_ not in self._doomed:
+            self._pending[hash_] = mark.span.namespace_name
+
+    async def _tell(self) -> None:
+        """Write down the uses noted so far. What fails is written next time."""
+        pending, now_s = dict(self._pending), self._now_s()
+        by_namespace: dict[str, list[bytes]] = {}
+        for hash_, name in pending.items():
+            if now_s - self._told_s.get(hash_, -RETELL_S) >= RETELL_S:
+                by_namespace.setdefault(name, []).append(hash_)
+            else:
+                self._pending.pop(hash_, None)
+        for name, hashes in by_namespace.items():
+            for first in range(0, len(hashes), HASHES_MAX):
+                record = touch_name(self._prefix, name, self._shard, secrets.token_hex(8))
+                batch = hashes[first : first + HASHES_MAX]
+                await self._backend.put(record, [seal_hashes(batch)], if_absent=True)
+                self._told_s.update(dict.fromkeys(batch, now_s))
+                for hash_ in batch:
+                    self._pending.pop(hash_, None)
+
+    @staticmethod
+    def _now_s() -> float:
+        return asyncio.get_running_loop().time()
