@@ -23,6 +23,7 @@ from kvstore.disk.pending import Destination
 from kvstore.disk.tier import DiskTier
 from kvstore.errors import MisconfiguredError
 from kvstore.event_loop import EventLoopThread
+from kvstore.gc.watch import MarkWatch
 from kvstore.keys import format_folder, namespace_document_name
 from kvstore.layout import ChunkForm
 from kvstore.lookup import Lookups
@@ -53,6 +54,7 @@ class Assembly:
     disk: DiskTier | None
     backend: GuardedBackend
     presence: Presence
+    watch: MarkWatch
     lookups: Lookups
     reads: ReadPath
     writes: WriteBehind
@@ -71,6 +73,7 @@ class Assembly:
         if self.disk is not None:
             await self.disk.open()
         self.writes.begin()
+        self.watch.start()
         try:
             # A listing, as it writes nothing and tells a missing bucket from a missing object.
             async for _ in self.backend.list(format_folder(prefix)):
@@ -142,14 +145,16 @@ class Assembler:
             warn=self._warn,
         )
         retries = Retries()
+        watch = MarkWatch(guarded, self._settings.prefix, self._form.shard, self._presence, self._warn)
         return Assembly(
             memory=self._memory,
             disk=self._disk,
             backend=guarded,
             presence=self._presence,
+            watch=watch,
             lookups=self._lookups(guarded),
             reads=self._read_path(guarded, retries, loop),
-            writes=self._write_behind(guarded, retries, loop),
+            writes=self._write_behind(guarded, watch, retries, loop),
             warn=self._warn,
         )
 
@@ -252,11 +257,13 @@ class Assembler:
             retried=None,
         )
 
-    def _write_behind(self, backend: GuardedBackend, retries: Retries, loop: EventLoopThread) -> WriteBehind:
+    def _write_behind(
+        self, backend: GuardedBackend, watch: MarkWatch, retries: Retries, loop: EventLoopThread
+    ) -> WriteBehind:
         settings = self._settings
         places = asyncio.Semaphore(settings.upload_concurrency)
         on_retry = self._metrics.retried_writes().inc
-        uploader = Uploader(backend, settings.prefix, self._presence, retries, on_retry)
+        uploader = Uploader(backend, settings.prefix, self._presence, watch, retries, on_retry)
         return WriteBehind(
             uploader=uploader,
             disk=self._disk_parts(backend, uploader, places, loop),

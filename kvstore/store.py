@@ -158,6 +158,7 @@ class KVStore:
         """
         self._check_span(span, chain)
         self._check_open()
+        self._parts.watch.note_used(chain.keys[: span.stop])
         load = ChunkLoad(self._parts.reads, chain.keys, sink, span)
         task = self._loop.submit(load.run(_given(timeout_s, self._settings.load_timeout_s)))
         task.add_done_callback(lambda _: load.handle._abandon())  # noqa: SLF001 the handle's other half
@@ -193,6 +194,7 @@ class KVStore:
                 self.metrics.saved_chunks.labels(outcome.value).inc()
                 save.handle._settle(index, outcome)  # noqa: SLF001 the handle's other half
                 dropped = None if outcome is SaveOutcome.PRESENT else outcome
+        self._parts.watch.note_used(chain.keys[: span.stop])
         self._parts.memory.touch(chain.keys[: span.stop])
         return save.handle
 

@@ -14,6 +14,7 @@ from kvstore.backends.guarded import GuardedBackend
 from kvstore.chunk import decode_header
 from kvstore.errors import MissError, MissReason, RetryableError
 from kvstore.failpoints import Failpoint, reach
+from kvstore.gc.watch import MarkWatch
 from kvstore.handles import SaveOutcome
 from kvstore.keys import ChunkKey, namespace_document_name, object_name
 from kvstore.layout import Shard
@@ -36,12 +37,14 @@ class Uploader:
         backend: GuardedBackend,
         prefix: str,
         presence: Presence,
+        watch: MarkWatch,
         retries: Retries,
         on_retry: Callable[[], None],
     ) -> None:
         self._backend = backend
         self._prefix = prefix
         self._presence = presence
+        self._watch = watch
         self._retries = retries
         self._on_retry = on_retry
         self._described_until_s: dict[str, float] = {}
@@ -83,12 +86,15 @@ class Uploader:
         PRESENT, when another writer was first. What is there and has no header of this chunk is replaced.
 
         seen  it is known to be there: it is sent only if it is not
+
+        Raises DoomedError while a garbage collection is about to remove it, or the chunk before it.
         """
         name = object_name(self._prefix, key, shard)
         # Headers name their writer, and have every section's checksum.
         header = memoryview(parts[0])[:header_bytes]
 
         async def put() -> SaveOutcome:
+            await self._watch.check_upload(key)
             reach(Failpoint.BEFORE_PUT)
             # An object seen to be damaged is the one thing that is ever replaced.
             if_absent = not self._presence.is_damaged(key)
@@ -104,6 +110,7 @@ class Uploader:
         async with self._turn(name):
             outcome = None
             if seen or self._presence.get(key):
+                await self._made(partial(self._watch.check_upload, key))
                 outcome = await self._there(key, shard, header)
             if outcome is None:
                 outcome = await self._made(put)

@@ -139,7 +139,8 @@ class Collector:
         look = await self._look()
         if self._only and self._only not in (*look.inventory.namespaces, *look.inventory.failed):
             raise MisconfiguredError(
-                f"there is no namespace {self._only} under the prefix {self._prefix!r}; `kvstore ls` shows them"
+                f"there is no namespace {self._only} under the prefix {self._prefix!r}; "
+                "`kvstore ls` shows them"
             )
         if not self._force and 0 < len(look.inventory.chunks) == look.plan.wanted:
             raise MisconfiguredError(

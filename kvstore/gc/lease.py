@@ -9,6 +9,7 @@ the object, and they wait a margin longer: so no clocks have to agree.
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 from functools import partial
 
@@ -24,6 +25,7 @@ LEASE_S = 2 * 3600.0
 MARGIN_S = 600.0
 _FREE = b"free"
 _BODY_BYTES_MAX = 64
+_NUMBER = re.compile(r"[0-9a-f]{16}")
 
 
 class LeaseLostError(KVStoreError):
@@ -108,5 +110,4 @@ def _number(info: ObjectInfo) -> int:
 
 
 def _is_number(name: str) -> bool:
-    digits = name.rpartition("/")[2]
-    return len(digits) == 16 and all(digit in "0123456789abcdef" for digit in digits)
+    return _NUMBER.fullmatch(name.rpartition("/")[2]) is not None

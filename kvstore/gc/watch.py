@@ -35,6 +35,7 @@ SWEEP_S = 3600.0
 # A use so soon after another is not told again: collectors let live what was used in GRACE_S_MIN.
 RETELL_S = 10 * WATCH_S
 _TOPIC = "garbage collection"
+_UNKNOWN = "cannot learn what a garbage collection is about to remove"
 
 
 class DoomedError(KVStoreError):
@@ -65,15 +66,20 @@ class MarkWatch:
         self._pending: dict[bytes, str] = {}
         self._told_s: dict[bytes, float] = {}
         self._reading = asyncio.Lock()
+        self._running: asyncio.Task[None] | None = None
 
-    async def run(self) -> None:
-        """Read what is announced, and write what was used, for ever."""
+    def start(self) -> None:
+        """Read what is announced from now on, as soon as chunks are in use, until the loop is closed."""
+        self._running = asyncio.ensure_future(self._run())
+
+    async def _run(self) -> None:
         while True:
-            try:
-                await self.read()
-            except KVStoreError as error:
-                self._warn(_TOPIC, f"cannot learn what a garbage collection is about to remove: {error}")
             await asyncio.sleep(WATCH_S)
+            if self._namespaces:
+                try:
+                    await self.read()
+                except KVStoreError as error:
+                    self._warn(_TOPIC, f"{_UNKNOWN}: {error}")
 
     def note_used(self, keys: Iterable[ChunkKey]) -> None:
         """Tell of chunks in use, from any thread: those that are marked are to live."""
@@ -126,7 +132,7 @@ class MarkWatch:
         except MisconfiguredError as error:
             # Saving goes on: at worst a prefix has a hole until it is saved again.
             self._read_s[name] = self._now_s()
-            self._warn(_TOPIC, f"cannot learn what a garbage collection is about to remove: {error}")
+            self._warn(_TOPIC, f"{_UNKNOWN}: {error}")
 
     async def _listed(self, namespaces: set[str]) -> set[Announcement]:
         found = set()

@@ -54,6 +54,7 @@ from kvstore.disk.pending import PendingName
 from kvstore.disk.tier import DiskTier
 from kvstore.errors import MisconfiguredError, RetryableError
 from kvstore.failpoints import Failpoint
+from kvstore.gc.watch import MarkWatch
 from kvstore.handles import Durability, FlushReport
 from kvstore.layout import ChunkForm
 from kvstore.metrics import Metrics
@@ -148,8 +149,10 @@ def test_p8_an_object_said_to_be_there_and_not_to_be_read_is_sent_again_with_pau
 
         backend.put = put
         metrics = Metrics()
-        guarded = GuardedBackend(backend, "probe", metrics=metrics, warn=WarnRarely(kvstore.assembly._log))
-        uploader = Uploader(guarded, PREFIX, Presence(60.0), Retries(), lambda: None)
+        warn, presence = WarnRarely(kvstore.assembly._log), Presence(60.0)
+        guarded = GuardedBackend(backend, "probe", metrics=metrics, warn=warn)
+        watch = MarkWatch(guarded, PREFIX, FORM.shard, presence, warn)
+        uploader = Uploader(guarded, PREFIX, presence, watch, Retries(), lambda: None)
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(60.0):
                 await uploader.put(ONE.keys[0], FORM.shard, [bytes(FORM.raw_bytes)], FORM.header_bytes)
