@@ -174,7 +174,7 @@ class Collector:
         if due is not None:
             may_go = marked_rows(inventory, ((each.lease.span, each.hashes) for each in due))
         now_s = self._clock.now_s() if now_s is None else now_s
-        planned = await asyncio.to_thread(plan, inventory.chunks, self._policy, now_s, may_go=may_go)
+        planned = plan(inventory.chunks, self._policy, now_s, may_go=may_go)
         return Look(inventory, usage, planned)
 
     async def _announce_sweeps(self, announced: dict[Span, Announced], report: Report) -> list[_Due]:

@@ -134,20 +134,19 @@ class MarkWatch:
             self._read_s[name] = self._now_s()
             self._warn(_TOPIC, f"{_UNKNOWN}: {error}")
 
-    async def _listed(self, namespaces: set[str]) -> set[Announcement]:
-        found = set()
+    async def _listed(self, namespaces: set[str]) -> list[Announcement]:
+        found = []
         async for info in self._backend.list(announced_folder(self._prefix)):
             announced = parse_announcement(self._prefix, info.name)
             if announced is None or announced.span.shard != self._shard:
                 continue
             if announced.span.namespace_name in namespaces:
-                found.add(announced)
+                found.append(announced)
         return found
 
-    def _apply(self, listed: set[Announcement], now_s: float) -> None:
+    def _apply(self, listed: list[Announcement], now_s: float) -> None:
         self._marks = {mark: hashes for mark, hashes in self._marks.items() if mark in listed}
-        sweeps = {each for each in listed if each.sweep}
-        self._sweeps = {sweep: self._sweeps.get(sweep, now_s) for sweep in sweeps}
+        self._sweeps = {each: self._sweeps.get(each, now_s) for each in listed if each.sweep}
         doomed: set[bytes] = set()
         for sweep, seen_s in self._sweeps.items():
             # Its collector is dead, or has given up.
