@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import functools
 import logging
+import math
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -26,15 +27,16 @@ from simulated_store import EPOCH_S, Connection, World
 
 from kvstore.backends.contract import ABSENT
 from kvstore.backends.guarded import GuardedBackend
+from kvstore.backends.memory import StoredObject
 from kvstore.errors import KVStoreError, MissReason
 from kvstore.gc.collector import Collector, Report
 from kvstore.gc.lease import Leases
-from kvstore.gc.names import parse_touch
+from kvstore.gc.names import parse_announcement, parse_touch
 from kvstore.gc.pace import Pace
 from kvstore.gc.pins import pin
 from kvstore.gc.policy import Policy
 from kvstore.gc.store_clock import StoreClock
-from kvstore.gc.watch import MarkWatch
+from kvstore.gc.watch import RETELL_S, WATCH_S, MarkWatch
 from kvstore.keys import ChunkKey, PrefixChain, namespace_document_name, object_name
 from kvstore.layout import ChunkForm
 from kvstore.metrics import Metrics
@@ -49,6 +51,7 @@ FORM = ChunkForm(TINY_LAYOUT, TINY_LAYOUT.whole)
 PRESENCE_TTL_S = 60.0
 UPLOAD_TIMEOUT_S = 60.0
 GRACE_S = 1800.0
+_YOUNG = StoredObject(b"", "", math.inf)
 _METRICS = Metrics()
 _LOG = logging.getLogger("simulation")
 _LOG.propagate = False
@@ -114,9 +117,38 @@ class Referee:
         self._world = world
         self._tally = tally
         self.pinned: set[bytes] = set()
-        self._touched_s: dict[bytes, float] = {}
+        self.stirred = asyncio.Event()
+        self._told_s: dict[bytes, float] = {}
+        self._used_s: dict[bytes, float] = {}
+        self._marks: dict[str, list[bytes]] = {}
+        self._marks_until_s: dict[str, float] = {}
+        self._swept: set[str] = set()
         world.before_delete = self._before_delete
         world.after_put = self._after_put
+
+    def tempting(self, *, swept: bool) -> set[bytes]:
+        """Chunks that are marked, or were not long ago; those that are not swept, or those that are."""
+        now_s = self._world.now_s()
+        marks = [mark for mark, until_s in self._marks_until_s.items() if now_s < until_s]
+        return {hash_ for mark in marks if (mark in self._swept) is swept for hash_ in self._marks[mark]}
+
+    def note_used(self, keys: Sequence[ChunkKey], connection: Connection) -> None:
+        """Tell of uses by a node: of what was marked long enough ago, and not swept, it has to tell, too."""
+        now_s = self._world.now_s()
+        known = {
+            hash_
+            for mark, hashes in self._marks.items()
+            if self._world.objects.get(mark, _YOUNG).modified_s < now_s - 3 * WATCH_S
+            and mark not in self._swept
+            for hash_ in hashes
+        }
+        due = [key.hash for key in keys if key.hash in known]
+
+        def tell() -> None:
+            if connection.alive and not self._world.failing:
+                self._used_s.update(dict.fromkeys(due, now_s))
+
+        asyncio.get_running_loop().call_later(2 * WATCH_S, tell)
 
     def _after_put(self, name: str) -> None:
         key = KEYS.get(name)
@@ -126,22 +158,41 @@ class Referee:
             if key.depth and before not in self._world.objects:
                 self._broken(f"{key} was stored without the chunk before it")
         elif parse_touch(PREFIX, name) is not None:
-            hashes = self._world.objects[name].data[16:]
-            for at in range(0, len(hashes), 32):
-                self._touched_s[hashes[at : at + 32]] = self._world.now_s()
+            self._told_s.update(dict.fromkeys(self._hashes(name), self._world.now_s()))
+        elif (announced := parse_announcement(PREFIX, name)) is not None:
+            mark = announced.mark.name(PREFIX)
+            if announced.sweep:
+                self._swept.add(mark)
+                self.stirred.set()
+            else:
+                self._marks[mark], self._marks_until_s[mark] = self._hashes(name), math.inf
 
     def _before_delete(self, name: str) -> None:
         key = KEYS.get(name)
         if key is None:
+            if name in self._marks:
+                self._marks_until_s[name] = self._world.now_s() + 180.0
+                asyncio.get_running_loop().call_later(180.0, self.stirred.clear)
             return
         self._tally.removed += 1
-        used_s = max(self._world.objects[name].modified_s, self._touched_s.get(key.hash, 0.0))
+        used_s = max(
+            self._world.objects[name].modified_s,
+            self._told_s.get(key.hash, 0.0),
+            # Of several uses the first is told.
+            self._used_s.get(key.hash, 0.0) - RETELL_S,
+        )
         if self._world.now_s() - used_s < GRACE_S:
-            self._broken(f"{key} was removed {self._world.now_s() - used_s:.0f} s after it was stored or used")
+            self._broken(
+                f"{key} was removed {self._world.now_s() - used_s:.0f} s after it was stored or used"
+            )
         if key.hash in self.pinned:
             self._broken(f"{key} was removed, but it or what continues it is pinned")
         if CHILDREN.get(key.hash, set()) & self._world.objects.keys():
             self._broken(f"{key} was removed before what continues it")
+
+    def _hashes(self, name: str) -> list[bytes]:
+        records = self._world.objects[name].data[16:]
+        return [records[at : at + 32] for at in range(0, len(records), 32)]
 
     def _broken(self, what: str) -> None:
         self._tally.broken.append(f"at {self._world.now_s() - EPOCH_S:.1f} s: {what}")
@@ -150,7 +201,10 @@ class Referee:
 class Node:
     """One engine's process: it looks up a prefix, loads what is there, and saves the rest."""
 
-    def __init__(self, world: World, tally: Tally, source: random.Random, *, saves: bool) -> None:
+    def __init__(
+        self, world: World, referee: Referee, tally: Tally, source: random.Random, *, saves: bool
+    ) -> None:
+        self._referee = referee
         self.connection = Connection(world, slow_s=20.0)
         self._tally = tally
         self._source = source
@@ -166,21 +220,38 @@ class Node:
         self._watch.start()
         try:
             while True:
-                await asyncio.sleep(self._source.expovariate(1 / 240))
+                await self._pause()
                 with contextlib.suppress(KVStoreError, TimeoutError):
-                    await self._serve(self._source.choice(self._in_fashion()))
+                    await self._serve(self._asked_for())
         finally:
             self._watch._running.cancel()
 
-    @staticmethod
-    def _in_fashion() -> Sequence[Sequence[ChunkKey]]:
-        """What users ask for changes every fifty minutes, so that something gets old."""
+    async def _pause(self) -> None:
+        """Wait for a user; they are many while something is swept."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._source.expovariate(1 / 200)):
+                await self._referee.stirred.wait()
+                await asyncio.sleep(self._source.uniform(0, 30))
+
+    def _asked_for(self) -> Sequence[ChunkKey]:
+        """A conversation, most of them not at its end yet.
+
+        What users ask for changes every fifty minutes, so that something gets old; but now and then they
+        come back to what is marked, and most of them to what is about to be swept: there it gets dangerous.
+        """
         hour = int(asyncio.get_running_loop().time() / 3000)
-        return random.Random(f"fashion {hour}").sample(chains(), 3)
+        wanted = random.Random(f"fashion {hour}").sample(chains(), 3)
+        swept = self._referee.stirred.is_set()
+        tempting = self._referee.tempting(swept=swept)
+        if tempting and self._source.random() < (0.8 if swept else 0.1):
+            wanted = [chain for chain in chains() if any(key.hash in tempting for key in chain)]
+        chain = self._source.choice(wanted)
+        return chain[: self._source.randint(1, len(chain))]
 
     async def _serve(self, keys: Sequence[ChunkKey]) -> None:
         found = await self._lookup(keys)
         self._watch.note_used(keys[:found])
+        self._referee.note_used(keys[:found], self.connection)
         for key in keys[:found]:
             if not await self._load(key):
                 break
@@ -247,8 +318,8 @@ async def collect(connection: Connection, world: World, policy: Policy) -> Repor
 def policy_of(source: random.Random) -> Policy:
     size = len(data_of(chains()[0][0]))
     return Policy(
-        max_bytes=source.choice([None, 5 * size, 20 * size]),
-        max_tenant_bytes=source.choice([None, 3 * size]),
+        max_bytes=source.choice([None, 5 * size, 15 * size]),
+        max_tenant_bytes=source.choice([None, 3 * size, 6 * size]),
         max_age_s=source.choice([None, 2400.0]),
         max_idle_s=source.choice([None, 1900.0]),
         grace_s=GRACE_S,
@@ -301,16 +372,18 @@ class Simulation:
                 connection.die()
 
     def _node(self) -> tuple[Connection, Awaitable[None]]:
-        node = Node(self._world, self.tally, self._source, saves=self._source.random() < 0.75)
+        node = Node(self._world, self._referee, self.tally, self._source, saves=self._source.random() < 0.75)
         return node.connection, _until_killed(node.connection, node.run())
 
     def _collector(self) -> tuple[Connection, Awaitable[None]]:
-        connection = Connection(self._world, slow_s=60.0)
+        connection = Connection(self._world, slow_s=60.0, slow_share=self._source.choice([0.02, 0.3]))
 
         async def work() -> None:
             policy = policy_of(self._source)
             while True:
-                await asyncio.sleep(self._source.expovariate(1 / 1500))
+                # All of them by the same timetable, as cron does it.
+                now_s = asyncio.get_running_loop().time()
+                await asyncio.sleep(1500 - now_s % 1500 + self._source.uniform(0, 200))
                 with contextlib.suppress(KVStoreError):
                     report = await collect(connection, self._world, policy)
                     self.tally.runs += 1
@@ -343,7 +416,9 @@ class Simulation:
             self.tally.broken.append(f"at rest {left} is announced still")
         documented = namespace_document_name(PREFIX, NAMESPACE.name) in self._world.objects
         if documented != bool(KEYS.keys() & self._world.objects.keys()):
-            self.tally.broken.append("at rest the namespace's document is there without chunks, or is missing")
+            self.tally.broken.append(
+                "at rest the namespace's document is there without chunks, or is missing"
+            )
 
 
 async def _until_killed(connection: Connection, work: Awaitable[None]) -> None:
@@ -353,4 +428,3 @@ async def _until_killed(connection: Connection, work: Awaitable[None]) -> None:
         # What the process would still do when it ends in order does not happen.
         connection.die()
         raise
-

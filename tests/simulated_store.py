@@ -61,17 +61,24 @@ class World:
 class Connection:
     """One process's way to the store. See Backend.
 
-    slow  the longest that a request may take, in seconds; most take far less
+    slow_s      the longest that a request may take to get there, and the longest that its answer may
+    slow_share  how many of them take more than a tenth of a second
     """
 
     capabilities = Capabilities(conditional_put=True, shared=True, persistent=True)
     location = "simulated://"
 
-    def __init__(self, world: World, slow_s: float) -> None:
+    def __init__(self, world: World, slow_s: float, slow_share: float = 0.02) -> None:
         self._world = world
         self._slow_s = slow_s
+        self._slow_share = slow_share
         self._dead = False
         self._inner = MemoryBackend(world.objects)
+
+    @property
+    def alive(self) -> bool:
+        """Whether its process lives."""
+        return not self._dead
 
     def die(self) -> None:
         """Let nothing through any more, but for what has been sent."""
@@ -159,7 +166,8 @@ class Connection:
 
     def _delay_s(self) -> float:
         source = self._world.random
-        return source.uniform(0.01, 0.1) if source.random() < 0.98 else source.uniform(0, self._slow_s)
+        slow = source.random() < self._slow_share
+        return source.uniform(0.1, self._slow_s) if slow else source.uniform(0.01, 0.1)
 
     def _fail(self, share: float) -> None:
         if self._world.random.random() < share * self._world.failing:
