@@ -263,7 +263,9 @@ class Assembler:
         settings = self._settings
         places = asyncio.Semaphore(settings.upload_concurrency)
         on_retry = self._metrics.retried_writes().inc
-        uploader = Uploader(backend, settings.prefix, self._presence, watch, retries, on_retry)
+        uploader = Uploader(
+            backend, settings.prefix, self._presence, watch, retries=retries, on_retry=on_retry
+        )
         return WriteBehind(
             uploader=uploader,
             disk=self._disk_parts(backend, uploader, places, loop),

@@ -38,6 +38,7 @@ class Uploader:
         prefix: str,
         presence: Presence,
         watch: MarkWatch,
+        *,
         retries: Retries,
         on_retry: Callable[[], None],
     ) -> None:

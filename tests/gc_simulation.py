@@ -27,7 +27,6 @@ from simulated_store import EPOCH_S, Connection, World
 
 from kvstore.backends.contract import ABSENT
 from kvstore.backends.guarded import GuardedBackend
-from kvstore.backends.memory import StoredObject
 from kvstore.errors import KVStoreError, MissReason
 from kvstore.gc.collector import Collector, Report
 from kvstore.gc.lease import Leases
@@ -36,7 +35,7 @@ from kvstore.gc.pace import Pace
 from kvstore.gc.pins import pin
 from kvstore.gc.policy import Policy
 from kvstore.gc.store_clock import StoreClock
-from kvstore.gc.watch import RETELL_S, WATCH_S, MarkWatch
+from kvstore.gc.watch import RETELL_S, SETTLE_S, WATCH_S, MarkWatch
 from kvstore.keys import ChunkKey, PrefixChain, namespace_document_name, object_name
 from kvstore.layout import ChunkForm
 from kvstore.metrics import Metrics
@@ -51,11 +50,9 @@ FORM = ChunkForm(TINY_LAYOUT, TINY_LAYOUT.whole)
 PRESENCE_TTL_S = 60.0
 UPLOAD_TIMEOUT_S = 60.0
 GRACE_S = 1800.0
-_YOUNG = StoredObject(b"", "", math.inf)
 _METRICS = Metrics()
 _LOG = logging.getLogger("simulation")
-_LOG.propagate = False
-_LOG.addHandler(logging.NullHandler())
+_LOG.setLevel(logging.CRITICAL)
 
 
 @dataclass(frozen=True)
@@ -122,7 +119,7 @@ class Referee:
         self._used_s: dict[bytes, float] = {}
         self._marks: dict[str, list[bytes]] = {}
         self._marks_until_s: dict[str, float] = {}
-        self._swept: set[str] = set()
+        self._swept_s: dict[str, float] = {}
         world.before_delete = self._before_delete
         world.after_put = self._after_put
 
@@ -130,18 +127,13 @@ class Referee:
         """Chunks that are marked, or were not long ago; those that are not swept, or those that are."""
         now_s = self._world.now_s()
         marks = [mark for mark, until_s in self._marks_until_s.items() if now_s < until_s]
-        return {hash_ for mark in marks if (mark in self._swept) is swept for hash_ in self._marks[mark]}
+        return {hash_ for mark in marks if (mark in self._swept_s) is swept for hash_ in self._marks[mark]}
 
     def note_used(self, keys: Sequence[ChunkKey], connection: Connection) -> None:
-        """Tell of uses by a node: of what was marked long enough ago, and not swept, it has to tell, too."""
+        """Tell of uses by a node: of what is marked, and not swept, it has to tell, too."""
         now_s = self._world.now_s()
-        known = {
-            hash_
-            for mark, hashes in self._marks.items()
-            if self._world.objects.get(mark, _YOUNG).modified_s < now_s - 3 * WATCH_S
-            and mark not in self._swept
-            for hash_ in hashes
-        }
+        marks = self._marks.keys() & self._world.objects.keys() - self._swept_s.keys()
+        known = {hash_ for mark in marks for hash_ in self._marks[mark]}
         due = [key.hash for key in keys if key.hash in known]
 
         def tell() -> None:
@@ -158,11 +150,11 @@ class Referee:
             if key.depth and before not in self._world.objects:
                 self._broken(f"{key} was stored without the chunk before it")
         elif parse_touch(PREFIX, name) is not None:
-            self._told_s.update(dict.fromkeys(self._hashes(name), self._world.now_s()))
+            self._told_s.update(dict.fromkeys(self._heard_in_time(name), self._world.now_s()))
         elif (announced := parse_announcement(PREFIX, name)) is not None:
             mark = announced.mark.name(PREFIX)
             if announced.sweep:
-                self._swept.add(mark)
+                self._swept_s.setdefault(mark, self._world.now_s())
                 self.stirred.set()
             else:
                 self._marks[mark], self._marks_until_s[mark] = self._hashes(name), math.inf
@@ -190,6 +182,12 @@ class Referee:
         if CHILDREN.get(key.hash, set()) & self._world.objects.keys():
             self._broken(f"{key} was removed before what continues it")
 
+    def _heard_in_time(self, name: str) -> set[bytes]:
+        """What a touch record tells, but for what a collector has not waited for any longer."""
+        late_s = self._world.now_s() - SETTLE_S
+        late = [mark for mark, swept_s in self._swept_s.items() if swept_s < late_s]
+        return set(self._hashes(name)).difference(*(self._marks[mark] for mark in late))
+
     def _hashes(self, name: str) -> list[bytes]:
         records = self._world.objects[name].data[16:]
         return [records[at : at + 32] for at in range(0, len(records), 32)]
@@ -214,7 +212,9 @@ class Node:
         self._backend = guarded
         self._presence = Presence(PRESENCE_TTL_S, clock=asyncio.get_running_loop().time)
         self._watch = MarkWatch(guarded, PREFIX, FORM.shard, self._presence, warn)
-        self._uploader = Uploader(guarded, PREFIX, self._presence, self._watch, Retries(), lambda: None)
+        self._uploader = Uploader(
+            guarded, PREFIX, self._presence, self._watch, retries=Retries(), on_retry=lambda: None
+        )
 
     async def run(self) -> None:
         self._watch.start()

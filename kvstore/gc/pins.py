@@ -24,7 +24,7 @@ async def pin(backend: Backend, prefix: str, namespace_name: str, hash_: bytes, 
     await backend.put(name, [b""], if_absent=False)
     try:
         async with asyncio.timeout(timeout_s):
-            while await _is_swept(backend, prefix, namespace_name):
+            while await _is_swept(backend, prefix, namespace_name):  # noqa: ASYNC110 elsewhere
                 await asyncio.sleep(_LOOK_S)
     except TimeoutError:
         raise RetryableError(

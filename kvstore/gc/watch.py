@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Iterable
+import threading
+from collections.abc import Sequence
 
 from kvstore.backends.contract import Backend
 from kvstore.errors import KVStoreError, MisconfiguredError
 from kvstore.gc.names import Announcement, announced_folder, parse_announcement, touch_name
-from kvstore.gc.records import HASHES_MAX, DamagedRecordError, read_hashes, seal_hashes
+from kvstore.gc.records import DamagedRecordError, read_hashes, seal_hashes
 from kvstore.keys import ChunkKey
 from kvstore.layout import Shard
 from kvstore.presence import Presence
@@ -34,6 +35,8 @@ SETTLE_S = 5 * WATCH_S
 SWEEP_S = 3600.0
 # A use so soon after another is not told again: collectors let live what was used in GRACE_S_MIN.
 RETELL_S = 10 * WATCH_S
+# Of more chunks that were used since the last time some are forgotten.
+USED_MAX = 1 << 18
 _TOPIC = "garbage collection"
 _UNKNOWN = "cannot learn what a garbage collection is about to remove"
 
@@ -61,9 +64,9 @@ class MarkWatch:
         self._read_s: dict[str, float] = {}
         self._marks: dict[Announcement, frozenset[bytes]] = {}
         self._sweeps: dict[Announcement, float] = {}
-        self._marked: dict[bytes, Announcement] = {}
         self._doomed: frozenset[bytes] = frozenset()
-        self._pending: dict[bytes, str] = {}
+        self._noting = threading.Lock()
+        self._used: set[bytes] = set()
         self._told_s: dict[bytes, float] = {}
         self._reading = asyncio.Lock()
         self._running: asyncio.Task[None] | None = None
@@ -81,15 +84,13 @@ class MarkWatch:
                 except KVStoreError as error:
                     self._warn(_TOPIC, f"{_UNKNOWN}: {error}")
 
-    def note_used(self, keys: Iterable[ChunkKey]) -> None:
+    def note_used(self, keys: Sequence[ChunkKey]) -> None:
         """Tell of chunks in use, from any thread: those that are marked are to live."""
-        marked = self._marked
-        for key in keys:
-            name = key.namespace_digest.hex()[:16]
-            if name not in self._namespaces:
-                self._namespaces.add(name)
-            if marked:
-                self._use(key.hash, marked)
+        with self._noting:
+            self._namespaces.update({key.namespace_digest.hex()[:16] for key in keys[:1]})
+            self._used.update(key.hash for key in keys)
+            while len(self._used) > USED_MAX:
+                self._used.pop()
 
     async def check_upload(self, key: ChunkKey) -> None:
         """Demand that a chunk may be stored now: neither it nor the chunk before it is doomed.
@@ -97,19 +98,21 @@ class MarkWatch:
         The chunk before it is used by that. Raises DoomedError, and what reading raises.
         """
         name = key.namespace_digest.hex()[:16]
-        self._namespaces.add(name)
+        with self._noting:
+            self._namespaces.add(name)
         if self._now_s() - self._read_s.get(name, -STALE_S) >= STALE_S:
             await self._read_if_allowed(name)
-        for hash_ in (key.hash, key.parent):
-            if hash_ in self._doomed:
-                raise DoomedError("it continues, or is, what a garbage collection is about to remove")
-            self._use(hash_, self._marked)
+        if not self._doomed.isdisjoint((key.hash, key.parent)):
+            raise DoomedError("it continues, or is, what a garbage collection is about to remove")
+        with self._noting:
+            self._used.update((key.hash, key.parent))
 
     async def read(self) -> None:
         """Learn what is announced, and write down what was used of it."""
         async with self._reading:
             began_s = self._now_s()
-            namespaces = set(self._namespaces)
+            with self._noting:
+                namespaces = set(self._namespaces)
             listed = await self._listed(namespaces)
             for mark in [each for each in listed if not each.sweep and each not in self._marks]:
                 self._marks[mark] = await self._read_mark(mark)
@@ -153,32 +156,27 @@ class MarkWatch:
             if now_s - seen_s < SWEEP_S:
                 doomed |= self._marks.get(sweep.mark, frozenset())
         self._doomed = frozenset(doomed)
-        self._marked = {hash_: mark for mark, hashes in self._marks.items() for hash_ in hashes}
-        self._told_s = {hash_: told_s for hash_, told_s in self._told_s.items() if hash_ in self._marked}
+        self._told_s = {each: told_s for each, told_s in self._told_s.items() if now_s - told_s < RETELL_S}
         self._presence.doom(self._doomed)
 
-    def _use(self, hash_: bytes, marked: dict[bytes, Announcement]) -> None:
-        mark = marked.get(hash_)
-        if mark is not None and hash_ not in self._doomed:
-            self._pending[hash_] = mark.span.namespace_name
-
     async def _tell(self) -> None:
-        """Write down the uses noted so far. What fails is written next time."""
-        pending, now_s = dict(self._pending), self._now_s()
-        by_namespace: dict[str, list[bytes]] = {}
-        for hash_, name in pending.items():
-            if now_s - self._told_s.get(hash_, -RETELL_S) >= RETELL_S:
-                by_namespace.setdefault(name, []).append(hash_)
-            else:
-                self._pending.pop(hash_, None)
-        for name, hashes in by_namespace.items():
-            for first in range(0, len(hashes), HASHES_MAX):
-                record = touch_name(self._prefix, name, self._shard, secrets.token_hex(8))
-                batch = hashes[first : first + HASHES_MAX]
-                await self._backend.put(record, [seal_hashes(batch)], if_absent=True)
-                self._told_s.update(dict.fromkeys(batch, now_s))
-                for hash_ in batch:
-                    self._pending.pop(hash_, None)
+        """Write down which marked chunks were used since the last time. What fails is written next time."""
+        with self._noting:
+            used, self._used = self._used, set()
+        try:
+            for mark, hashes in self._marks.items():
+                await self._tell_of(mark.span.namespace_name, sorted((used & hashes) - self._told_s.keys()))
+        except BaseException:
+            with self._noting:
+                self._used |= used
+            raise
+
+    async def _tell_of(self, namespace_name: str, hashes: list[bytes]) -> None:
+        if hashes:
+            now_s = self._now_s()
+            record = touch_name(self._prefix, namespace_name, self._shard, secrets.token_hex(8))
+            await self._backend.put(record, [seal_hashes(hashes)], if_absent=True)
+            self._told_s.update(dict.fromkeys(hashes, now_s))
 
     @staticmethod
     def _now_s() -> float:

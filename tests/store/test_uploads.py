@@ -152,7 +152,7 @@ def test_p8_an_object_said_to_be_there_and_not_to_be_read_is_sent_again_with_pau
         warn, presence = WarnRarely(kvstore.assembly._log), Presence(60.0)
         guarded = GuardedBackend(backend, "probe", metrics=metrics, warn=warn)
         watch = MarkWatch(guarded, PREFIX, FORM.shard, presence, warn)
-        uploader = Uploader(guarded, PREFIX, presence, watch, Retries(), lambda: None)
+        uploader = Uploader(guarded, PREFIX, presence, watch, retries=Retries(), on_retry=lambda: None)
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(60.0):
                 await uploader.put(ONE.keys[0], FORM.shard, [bytes(FORM.raw_bytes)], FORM.header_bytes)
