@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -31,12 +30,13 @@ from pydantic_settings import (
 
 from kvstore.bucket import check_bucket
 from kvstore.errors import MisconfiguredError
+from kvstore.gc.policy import GRACE_S_MIN
 from kvstore.handles import Durability
 from kvstore.masking import without_user
+from kvstore.quantities import seconds_of, size_text_of, size_with_unit
 
 ENV_PREFIX = "KVSTORE_"
 CONFIG_VARIABLE = "KVSTORE_CONFIG"
-_SIZE = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*(?P<unit>|b|[kmgtpe]i?b?)\s*\Z", re.ASCII | re.IGNORECASE)
 _log = logging.getLogger("kvstore.settings")
 
 
@@ -96,20 +96,10 @@ def _no_bool(value: object) -> object:
     return value
 
 
-def _check_size(value: object) -> object:
-    if not isinstance(value, str):
-        return value
-    size = _SIZE.match(value)
-    if size is None:
-        raise ValueError(
-            "is no number with a unit: B, kB, MB, GB, TB, PB (k, M, ... for short) are powers of 1000, "
-            "KiB, MiB, GiB, TiB, PiB (Ki, Mi, ... for short) powers of 1024"
-        )
-    # Kubernetes writes Gi, pydantic knows GiB alone.
-    return value.strip() + "B" if size["unit"].lower().endswith("i") else value
-
-
-Bytes = Annotated[ByteSize, BeforeValidator(_check_size), BeforeValidator(_no_bool), Field(gt=0)]
+Bytes = Annotated[ByteSize, BeforeValidator(size_text_of), BeforeValidator(_no_bool), Field(gt=0)]
+BytesLimit = Annotated[Annotated[ByteSize, Field(gt=0)] | None, BeforeValidator(size_with_unit)]
+Duration = Annotated[float, BeforeValidator(seconds_of), Field(gt=0)]
+DurationLimit = Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(seconds_of)]
 Seconds = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, le=86_400, allow_inf_nan=False)]
 Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1, le=4096)]
 
@@ -204,6 +194,34 @@ class Settings(BaseSettings):
     upload_concurrency: Count = Field(4, description="uploads in flight at once")
     upload_queue_bytes: Bytes = Field(
         ByteSize(1 << 29), description="a size such as 512MiB: saved chunks that may wait for upload"
+    )
+    gc_max_bytes: BytesLimit = Field(
+        None,
+        description="a size such as 10TiB: what `kvstore gc` leaves of the bucket at most; empty: no limit",
+    )
+    gc_max_namespace_bytes: BytesLimit = Field(
+        None, description="a size such as 1TiB: what it leaves of each namespace at most; empty: no limit"
+    )
+    gc_max_tenant_bytes: BytesLimit = Field(
+        None, description="a size such as 100GiB: what it leaves of each tenant's at most; empty: no limit"
+    )
+    gc_max_age: DurationLimit = Field(
+        None, description="a time such as 90d: prefixes stored longer ago go; empty: no limit"
+    )
+    gc_max_idle: DurationLimit = Field(
+        None, description="a time such as 14d: prefixes not used for longer go; empty: no limit"
+    )
+    gc_grace: Annotated[Duration, Field(ge=GRACE_S_MIN)] = Field(
+        "6h",
+        description="a time such as 6h, 30min or more: what was stored or used so lately stays, and so long "
+        "lies between mark and sweep",
+    )
+    gc_max_share: Annotated[float, BeforeValidator(_no_bool), Field(gt=0, le=1, allow_inf_nan=False)] = Field(
+        0.25,
+        description="a number above 0, up to 1: the share of chunks and bytes that one run marks at most",
+    )
+    gc_requests_per_s: Annotated[float, BeforeValidator(_no_bool), Field(ge=1, le=100_000)] = Field(
+        500.0, description="requests a second that `kvstore gc` makes at most"
     )
 
     @model_validator(mode="after")

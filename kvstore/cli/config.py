@@ -59,7 +59,7 @@ def _setting_rows(resolved: ResolvedSettings) -> Iterator[dict[str, object]]:
 def _shown(value: object) -> object:
     if isinstance(value, SecretStr):
         return _MASK if value.get_secret_value() else ""
-    return without_user(value) if isinstance(value, str) else value
+    return without_user(value) if isinstance(value, str) else "" if value is None else value
 
 
 def _environment(settings: Settings) -> dict[str, str]:

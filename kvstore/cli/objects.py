@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
-
 import typer
 
 from kvstore.backends.contract import Backend
-from kvstore.backends.opening import open_backend
+from kvstore.cli.backend import run_on_backend
 from kvstore.cli.catalog import (
     HASH_DIGITS_MIN,
     Description,
@@ -30,9 +26,7 @@ from kvstore.cli.output import Column, Output, printable, size_text, time_text
 from kvstore.errors import MissError
 from kvstore.keys import format_folder, namespace_folder, parse_object_name
 from kvstore.layout import KVLayout
-from kvstore.settings import Settings, resolve_settings
-
-_Answer = TypeVar("_Answer")
+from kvstore.settings import resolve_settings
 
 
 def _joined(names: object) -> str:
@@ -87,7 +81,9 @@ def list_objects(call: Call, text: str, limit: int | None) -> ExitCode:
             f"{text!r} is neither the beginning of a namespace nor NAMESPACE/HASH, in hex digits"
         )
     work = _list_chunks if target.is_namespace else _list_namespaces
-    return _run(settings, lambda backend: work(backend, settings.prefix, target, limit, call.output))
+    return run_on_backend(
+        settings, lambda backend: work(backend, settings.prefix, target, limit, call.output)
+    )
 
 
 def show_object(call: Call, text: str, *, verify: bool) -> ExitCode:
@@ -106,18 +102,7 @@ def show_object(call: Call, text: str, *, verify: bool) -> ExitCode:
         name = text if pattern is None else await find_object(backend, prefix, pattern)
         return await _show(backend, prefix, name, call.output, verify=verify)
 
-    return _run(settings, show)
-
-
-def _run(settings: Settings, work: Callable[[Backend], Awaitable[_Answer]]) -> _Answer:
-    async def opened() -> _Answer:
-        backend = open_backend(settings)
-        try:
-            return await work(backend)
-        finally:
-            await backend.close()
-
-    return asyncio.run(opened())
+    return run_on_backend(settings, show)
 
 
 async def _list_namespaces(

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 HALF_LIFE_S = 7 * 86_400.0
+# Nodes tell of a use ten minutes after another at the latest, and sweeps take their time.
+GRACE_S_MIN = 1800.0
 
 
 class Reason(IntEnum):
@@ -52,6 +54,6 @@ class Policy:
     max_tenant_bytes: int | None = None
     max_age_s: float | None = None
     max_idle_s: float | None = None
-    grace_s: float = 3600.0
+    grace_s: float = 6 * 3600.0
     max_share: float = 1.0
     half_life_s: float = HALF_LIFE_S
