@@ -96,10 +96,17 @@ def _no_bool(value: object) -> object:
     return value
 
 
+def _check_grace(value: object) -> object:
+    seconds = seconds_of(value)
+    if isinstance(seconds, float) and seconds < GRACE_S_MIN:
+        raise ValueError(f"is less than the {GRACE_S_MIN / 60:g} min that nodes need to say what they use")
+    return seconds
+
+
 Bytes = Annotated[ByteSize, BeforeValidator(size_text_of), BeforeValidator(_no_bool), Field(gt=0)]
 BytesLimit = Annotated[Annotated[ByteSize, Field(gt=0)] | None, BeforeValidator(size_with_unit)]
-Duration = Annotated[float, BeforeValidator(seconds_of), Field(gt=0)]
-DurationLimit = Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(seconds_of)]
+DurationLimit = Annotated[float | None, BeforeValidator(seconds_of)]
+Grace = Annotated[float, BeforeValidator(_check_grace)]
 Seconds = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, le=86_400, allow_inf_nan=False)]
 Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1, le=4096)]
 
@@ -211,7 +218,7 @@ class Settings(BaseSettings):
     gc_max_idle: DurationLimit = Field(
         None, description="a time such as 14d: prefixes not used for longer go; empty: no limit"
     )
-    gc_grace: Annotated[Duration, Field(ge=GRACE_S_MIN)] = Field(
+    gc_grace: Grace = Field(  # type: ignore[assignment] # the default is validated as any other value
         "6h",
         description="a time such as 6h, 30min or more: what was stored or used so lately stays, and so long "
         "lies between mark and sweep",

@@ -97,7 +97,7 @@ def ls(
 
 @app.command()
 @node_command
-def gc(
+def gc(  # noqa: PLR0917 called by name alone
     call: Call,
     apply: Annotated[  # noqa: FBT002 typer makes an option of it
         bool, typer.Option("--apply", help="Sweep what was marked a grace ago, and mark what is to go next")

@@ -257,6 +257,11 @@ class Collector:
                 lease = await self._lease(span, report)
                 if lease is None:
                     return
+                if span in await read_announced(self._backend, self._prefix, self._pace, str(span)):
+                    # Another collector was first.
+                    report.waiting_objects += len(rows[span])
+                    await self._leases.give_back(lease)
+                    return
                 going = rows[span][:HASHES_MAX]
                 body = seal_hashes(look.inventory.chunks.hash[row].tobytes() for row in going)
                 name = Announcement(span, lease.number).name(self._prefix)

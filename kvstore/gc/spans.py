@@ -38,10 +38,10 @@ class Announced:
         return [*self.marks, *self.sweeps]
 
 
-async def read_announced(backend: Backend, prefix: str, pace: Pace) -> dict[Span, Announced]:
-    """Everything that is announced."""
+async def read_announced(backend: Backend, prefix: str, pace: Pace, only: str = "") -> dict[Span, Announced]:
+    """Everything that is announced; about spans whose names begin with `only`."""
     spans: dict[Span, Announced] = {}
-    async for info in pace.listing(backend, announced_folder(prefix)):
+    async for info in pace.listing(backend, announced_folder(prefix) + only):
         found = parse_announcement(prefix, info.name)
         if found is None:
             continue

@@ -30,8 +30,8 @@ class StoreClock:
         if abs(drift_s) > DRIFT_S_MAX:
             side = "ahead of" if drift_s > 0 else "behind"
             raise MisconfiguredError(
-                f"the store's clock is {abs(drift_s):.0f} s {side} this machine's, over {DRIFT_S_MAX:g} s: "
-                "ages may be wrong, so nothing is collected; set both clocks by NTP (chrony, systemd-timesyncd)"
+                f"the store's clock is {abs(drift_s):.0f} s {side} this one's, over {DRIFT_S_MAX:g} s: "
+                "ages may be wrong, so nothing is collected; set both by NTP (chrony, systemd-timesyncd)"
             )
         return clock
 

@@ -95,7 +95,7 @@ def test_tightening_a_policy_only_adds_to_what_goes(seed, policy, other):
         values = [value for value in (getattr(policy, name), getattr(other, name)) if value is not None]
         return min(values, default=None)
 
-    names = ("max_bytes", "max_namespace_bytes", "max_tenant_bytes", "max_age_s", "max_idle_s", "grace_s")
+    names = ("max_bytes", "max_namespace_bytes", "max_tenant_bytes", "max_age_s", "max_idle_s")
     loose = replace(policy, max_share=1.0)
     tight = replace(loose, **{name: tighter(name) for name in names})
     before, after = (names_of(chunks, plan(chunks, each, NOW_S).rows) for each in (loose, tight))

@@ -102,6 +102,14 @@ MALFORMED = {
     "fetch_concurrency": ["0", "-1", "4097", "1.5", "all"],
     "upload_concurrency": ["0", "4097"],
     "upload_queue_bytes": ["0", "lots"],
+    "gc_max_bytes": ["0B", "1000000", "10 tons", "-1GiB"],
+    "gc_max_namespace_bytes": ["1000000", "lots"],
+    "gc_max_tenant_bytes": ["1000000", "lots"],
+    "gc_max_age": ["30", "30 days", "0d", "-1d", "1m"],
+    "gc_max_idle": ["30", "soon"],
+    "gc_grace": ["3600", "29min", "0s"],
+    "gc_max_share": ["0", "1.1", "25%", "nan"],
+    "gc_requests_per_s": ["0", "fast"],
 }
 
 
