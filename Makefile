@@ -36,10 +36,10 @@ test-integration: $(STAMP) ## Ceph RGW, LocalStack and moto, which it installs, 
 	@$(BIN)/python -m localstack install moto rgw localstack nginx
 	@$(BIN)/python -m pytest tests/crash tests/integration $(ARGS)
 
-torture: $(STAMP) ## Storms of faults, STORM_S=300 seconds on each server, and KILLS=500 processes killed; prints figures
-	@STORM_S='$(STORM_S)' KILLS='$(KILLS)' $(BIN)/python tests/torture/limits.py
+torture: $(STAMP) ## Storms of faults, STORM_S=300 seconds on each server, KILLS=500 processes killed, GC_SEEDS=1000 simulations; prints figures
+	@STORM_S='$(STORM_S)' KILLS='$(KILLS)' GC_SEEDS='$(GC_SEEDS)' $(BIN)/python tests/torture/limits.py
 	@$(BIN)/python -m localstack install moto rgw
-	@STORM_S='$(STORM_S)' KILLS='$(KILLS)' $(BIN)/python -m pytest tests/torture -s $(ARGS)
+	@STORM_S='$(STORM_S)' KILLS='$(KILLS)' GC_SEEDS='$(GC_SEEDS)' $(BIN)/python -m pytest tests/torture -s $(ARGS)
 
 s3-up: $(STAMP) ## An S3 on this machine: eval "$(make -s s3-up KIND=moto|rgw|localstack|filesystem)"
 	@test -n '$(KIND)' || { echo "usage: make s3-up KIND=moto|rgw|localstack|filesystem [TLS=1]" >&2; exit 2; }

@@ -50,8 +50,8 @@ async def _tell_nothing(self):
     ("target", "name", "broken", "seed"),
     [
         (collector, "np", DeepestLast(), 1),
-        (collector, "SETTLE_S", 1.0, 40),
-        (MarkWatch, "check_upload", _allow, 15),
+        (collector, "SETTLE_S", 1.0, 49),
+        (MarkWatch, "check_upload", _allow, 84),
         (MarkWatch, "_tell", _tell_nothing, 1),
     ],
     ids=[

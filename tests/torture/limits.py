@@ -50,9 +50,20 @@ def kills_seed() -> int | None:
     return _number("KILLS_SEED", int, "a whole number, such as KILLS_SEED=8", -math.inf)
 
 
+def gc_seeds() -> int:
+    """How many simulations of garbage collection are run."""
+    return _number("GC_SEEDS", int, "a whole number of simulations, such as GC_SEEDS=1000", 1) or 1000
+
+
+def gc_seed() -> int:
+    """The first of them; those that follow count up from it."""
+    seed = _number("GC_SEED", int, "a whole number, such as GC_SEED=8", -math.inf)
+    return 1000 if seed is None else seed
+
+
 def check() -> None:
     """Raises LimitError for the first that makes no sense."""
-    for limit in (storm_s, storm_seed, kills, kills_seed):
+    for limit in (storm_s, storm_seed, kills, kills_seed, gc_seeds, gc_seed):
         limit()
 
 

@@ -31,7 +31,8 @@ def test_a_benchmark_that_does_not_exist_is_answered_with_those_that_do(name):
     [
         *(("STORM_S", value) for value in ("abc", "0", "-3", "nan", "inf")),
         *(("KILLS", value) for value in ("abc", "0", "1.5")),
-        *((name, "abc") for name in ("STORM_SEED", "KILLS_SEED")),
+        *(("GC_SEEDS", value) for value in ("abc", "0", "1.5")),
+        *((name, "abc") for name in ("STORM_SEED", "KILLS_SEED", "GC_SEED")),
     ],
 )
 def test_a_torture_of_no_sensible_length_is_refused_by_variable_value_and_what_it_takes(variable, value):
