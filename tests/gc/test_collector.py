@@ -2,6 +2,7 @@ import asyncio
 from dataclasses import replace
 
 import pytest
+from chunk_samples import raw_chunk
 from gc_bucket import EVERYTHING, NAMESPACE, PREFIX, SHARD, Bucket, chain, collector_of
 
 from kvstore.backends.filesystem import FilesystemBackend
@@ -14,7 +15,8 @@ from kvstore.gc.pins import pin, unpin
 from kvstore.gc.policy import Policy
 from kvstore.gc.records import DamagedRecordError, seal_hashes
 from kvstore.gc.store_clock import StoreClock
-from kvstore.keys import namespace_document_name, namespace_folder
+from kvstore.keys import namespace_document_name, namespace_folder, object_name
+from kvstore.layout import Shard
 
 FOLDER = namespace_folder(PREFIX, NAMESPACE.name)
 DOCUMENT = namespace_document_name(PREFIX, NAMESPACE.name)
@@ -162,6 +164,18 @@ def test_an_orphan_goes_whatever_the_limits(memory):
     assert memory.collect(policy).marked_objects == 2
     assert memory.collect(policy).swept_objects == 2
     assert memory.names(f"{FOLDER}") == sorted([chunks[0], DOCUMENT])
+
+
+def test_shards_of_a_chunk_are_chunks_of_their_own(memory):
+    keys, shards = chain(3), (Shard(0, 1), Shard(1, 2))
+    names = {(key, shard): object_name(PREFIX, key, shard) for key in keys for shard in shards}
+    memory.put({name: raw_chunk(NAMESPACE, *place) for place, name in names.items()})
+    # Of one shard the first chunk is missing.
+    memory.run(lambda backend: backend.delete([names[keys[0], shards[1]]]))
+    policy = Policy(grace_s=-60.0)
+    assert memory.collect(policy).marked_objects == 2
+    assert memory.collect(policy).swept_objects == 2
+    assert set(memory.names(FOLDER)) == {names[key, shards[0]] for key in keys}
 
 
 class Failing(BackendWrapper):

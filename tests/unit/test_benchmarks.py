@@ -30,9 +30,11 @@ SMALL = {
     "disk_tier": ["--chunks=1", "--rounds=1", "--entries=5000"],
     "write_path": ["--quick", "--without", "obstore"],
     "codecs": ["--made-up", "--sections=2", "--rounds=1"],
+    "gc": ["--objects", "1000", "20000"],
 }
 FIELDS = {
     "roundtrip": {"machine", "chunks", "chunk_bytes", "cases"},
+    "gc": {"machine", "objects", "plan_s", "peak_rss_bytes", "growth_exponent", "sizes"},
     "overhead": {"machine", "us_per_section"},
     "lookup": {
         "machine",
