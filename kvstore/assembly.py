@@ -73,13 +73,13 @@ class Assembly:
         if self.disk is not None:
             await self.disk.open()
         self.writes.begin()
-        self.watch.start()
         try:
             # A listing, as it writes nothing and tells a missing bucket from a missing object.
             async for _ in self.backend.list(format_folder(prefix)):
                 break
             # Objects may go another way than listings: that is to be set up by now, too.
             await self.backend.head(_no_object(prefix))
+            await self.watch.start()
         except Exception as error:
             self.warn(
                 BACKEND_TROUBLE, f"{self.backend.location} cannot be used, engines compute cold: {error}"

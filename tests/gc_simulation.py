@@ -217,8 +217,11 @@ class Node:
         )
 
     async def run(self) -> None:
-        self._watch.start()
+        await self._watch.start()
         try:
+            # A server waits until it is connected.
+            while self._watch._read_s < 0:  # noqa: ASYNC110 virtual time
+                await asyncio.sleep(1.0)
             while True:
                 await self._pause()
                 with contextlib.suppress(KVStoreError, TimeoutError):

@@ -13,6 +13,7 @@ node's own, for durations.
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 import threading
 from collections.abc import Sequence
@@ -35,6 +36,8 @@ SETTLE_S = 5 * WATCH_S
 SWEEP_S = 3600.0
 # A use so soon after another is not told again: collectors let live what was used in GRACE_S_MIN.
 RETELL_S = 10 * WATCH_S
+# Before marks that could not be read are read again.
+RETRY_S = 5.0
 # Of more chunks that were used since the last time some are forgotten.
 USED_MAX = 1 << 18
 _TOPIC = "garbage collection"
@@ -61,7 +64,7 @@ class MarkWatch:
         self._presence = presence
         self._warn = warn
         self._namespaces: set[str] = set()
-        self._read_s: dict[str, float] = {}
+        self._read_s = -math.inf
         self._marks: dict[Announcement, frozenset[bytes]] = {}
         self._sweeps: dict[Announcement, float] = {}
         self._doomed: frozenset[bytes] = frozenset()
@@ -71,18 +74,26 @@ class MarkWatch:
         self._reading = asyncio.Lock()
         self._running: asyncio.Task[None] | None = None
 
-    def start(self) -> None:
-        """Read what is announced from now on, as soon as chunks are in use, until the loop is closed."""
-        self._running = asyncio.ensure_future(self._run())
+    async def start(self) -> None:
+        """Read what is announced, and go on reading until the loop is closed.
 
-    async def _run(self) -> None:
+        What is seen present from then on is known not to have been removed unnoticed.
+        """
+        read = await self._try_to_read()
+        self._running = asyncio.ensure_future(self._run(read=read))
+
+    async def _run(self, *, read: bool) -> None:
         while True:
-            await asyncio.sleep(WATCH_S)
-            if self._namespaces:
-                try:
-                    await self.read()
-                except KVStoreError as error:
-                    self._warn(_TOPIC, f"{_UNKNOWN}: {error}")
+            await asyncio.sleep(WATCH_S if read else RETRY_S)
+            read = await self._try_to_read()
+
+    async def _try_to_read(self) -> bool:
+        try:
+            await self.read()
+        except KVStoreError as error:
+            self._warn(_TOPIC, f"{_UNKNOWN}: {error}")
+            return False
+        return True
 
     def note_used(self, keys: Sequence[ChunkKey]) -> None:
         """Tell of chunks in use, from any thread: those that are marked are to live."""
@@ -97,28 +108,25 @@ class MarkWatch:
 
         The chunk before it is used by that. Raises DoomedError, and what reading raises.
         """
-        name = key.namespace_digest.hex()[:16]
-        with self._noting:
-            self._namespaces.add(name)
-        if self._now_s() - self._read_s.get(name, -STALE_S) >= STALE_S:
-            await self._read_if_allowed(name)
+        if self._now_s() - self._read_s >= STALE_S:
+            await self._read_if_allowed()
         if not self._doomed.isdisjoint((key.hash, key.parent)):
             raise DoomedError("it continues, or is, what a garbage collection is about to remove")
         with self._noting:
+            self._namespaces.add(key.namespace_digest.hex()[:16])
             self._used.update((key.hash, key.parent))
 
     async def read(self) -> None:
         """Learn what is announced, and write down what was used of it."""
         async with self._reading:
             began_s = self._now_s()
-            with self._noting:
-                namespaces = set(self._namespaces)
-            listed = await self._listed(namespaces)
-            for mark in [each for each in listed if not each.sweep and each not in self._marks]:
+            listed = await self._listed()
+            # Of namespaces that this node does not use only what is swept: it may begin to at any moment.
+            wanted = {each.mark for each in listed if each.sweep or self._uses(each)}
+            for mark in [each for each in listed if each in wanted and each not in self._marks]:
                 self._marks[mark] = await self._read_mark(mark)
             self._apply(listed, began_s)
-            for name in namespaces:
-                self._read_s[name] = began_s
+            self._read_s = began_s
             await self._tell()
 
     async def _read_mark(self, mark: Announcement) -> frozenset[bytes]:
@@ -129,23 +137,22 @@ class MarkWatch:
             self._warn(_TOPIC, str(error))
             return frozenset()
 
-    async def _read_if_allowed(self, name: str) -> None:
+    async def _read_if_allowed(self) -> None:
         try:
             await self.read()
         except MisconfiguredError as error:
             # Saving goes on: at worst a prefix has a hole until it is saved again.
-            self._read_s[name] = self._now_s()
+            self._read_s = self._now_s()
             self._warn(_TOPIC, f"{_UNKNOWN}: {error}")
 
-    async def _listed(self, namespaces: set[str]) -> list[Announcement]:
-        found = []
-        async for info in self._backend.list(announced_folder(self._prefix)):
-            announced = parse_announcement(self._prefix, info.name)
-            if announced is None or announced.span.shard != self._shard:
-                continue
-            if announced.span.namespace_name in namespaces:
-                found.append(announced)
-        return found
+    async def _listed(self) -> list[Announcement]:
+        names = [info.name async for info in self._backend.list(announced_folder(self._prefix))]
+        found = [parse_announcement(self._prefix, name) for name in names]
+        return [each for each in found if each is not None and each.span.shard == self._shard]
+
+    def _uses(self, announced: Announcement) -> bool:
+        with self._noting:
+            return announced.span.namespace_name in self._namespaces
 
     def _apply(self, listed: list[Announcement], now_s: float) -> None:
         self._marks = {mark: hashes for mark, hashes in self._marks.items() if mark in listed}

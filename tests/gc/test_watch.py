@@ -125,14 +125,21 @@ async def test_uploads_ask_no_more_than_they_must(node):
 
 
 @on_a_node
-async def test_a_node_that_uses_nothing_asks_nothing(node):
-    node.watch.start()
-    await asyncio.sleep(10 * WATCH_S)
-    assert node.backend.calls == []
-    node.watch.note_used(KEYS)
-    await asyncio.sleep(10 * WATCH_S)
-    assert 9 <= node.backend.count("list", announced_folder(PREFIX)) <= 10
+async def test_a_node_asks_once_a_minute(node):
+    await node.watch.start()
+    await asyncio.sleep(10 * WATCH_S - 1.0)
+    assert node.backend.count("list", announced_folder(PREFIX)) == len(node.backend.calls) == 10
     node.watch._running.cancel()
+
+
+@on_a_node
+async def test_of_namespaces_not_in_use_only_what_is_swept_is_read(node):
+    await node.announce(MARK)
+    await node.watch.read()
+    assert node.backend.count("get") == 0
+    await node.announce(SWEEP)
+    await node.watch.read()
+    assert node.presence.get(KEYS[1]) is False
 
 
 @on_a_node
