@@ -7,7 +7,7 @@ from chunk_samples import CREATED_S, TINY_LAYOUT, raw_chunk, raw_object, tiny_ke
 
 from kvstore.backends.memory import MemoryBackend, StoredObject
 from kvstore.chunk import HEADER_REGION_BYTES_MAX, decode_header
-from kvstore.cli import objects
+from kvstore.cli import backend
 from kvstore.keys import namespace_document_name, object_name
 from kvstore.layout import Shard
 
@@ -341,7 +341,7 @@ def test_a_huge_object_is_not_read_whole(kvstore, monkeypatch):
             return await super().read_into(name, offset, out, if_match=if_match)
 
     stored = StoredObject(DATA + bytes(1 << 22), "e", 0.0)
-    monkeypatch.setattr(objects, "open_backend", lambda _: Recording({NAME: stored}))
+    monkeypatch.setattr(backend, "open_backend", lambda _: Recording({NAME: stored}))
     assert kvstore("show", NAME, "--bucket", "memory://").code == 1
     assert reads == [HEADER_REGION_BYTES_MAX]
 
@@ -355,7 +355,7 @@ def test_an_object_replaced_while_it_is_verified_is_never_called_ok(kvstore, mon
             stored[NAME] = StoredObject(DATA, "second", 0.0)
             return result
 
-    monkeypatch.setattr(objects, "open_backend", lambda _: Replacing(stored))
+    monkeypatch.setattr(backend, "open_backend", lambda _: Replacing(stored))
     ended = kvstore("show", NAME, "--verify", "--json", "--bucket", "memory://")
     assert ended.code == 1
     assert {row["verified"] for row in rows(ended.stdout, "section")} == {"changed"}

@@ -38,10 +38,6 @@ class DeepestLast:
         return np.unique(values)[::-1]
 
 
-async def _allow(self, key):
-    pass
-
-
 async def _tell_nothing(self):
     pass
 
@@ -51,13 +47,11 @@ async def _tell_nothing(self):
     [
         (collector, "np", DeepestLast(), 1),
         (collector, "SETTLE_S", 1.0, 49),
-        (MarkWatch, "check_upload", _allow, 84),
         (MarkWatch, "_tell", _tell_nothing, 1),
     ],
     ids=[
         "parents first",
         "no time to settle",
-        "nodes that continue what is doomed",
         "nodes that tell nothing",
     ],
 )
