@@ -7,7 +7,7 @@ from chunk_samples import CREATED_S, TINY_LAYOUT, raw_chunk, raw_object, tiny_ke
 
 from kvstore.backends.memory import MemoryBackend, StoredObject
 from kvstore.chunk import HEADER_REGION_BYTES_MAX, decode_header
-from kvstore.cli import backend
+from kvstore.cli import backend, objects
 from kvstore.keys import namespace_document_name, object_name
 from kvstore.layout import Shard
 
