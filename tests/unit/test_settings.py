@@ -102,6 +102,8 @@ MALFORMED = {
     "fetch_concurrency": ["0", "-1", "4097", "1.5", "all"],
     "upload_concurrency": ["0", "4097"],
     "upload_queue_bytes": ["0", "lots"],
+    "vllm_load": ["Auto", "lazy"],
+    "vllm_async": ["maybe", "2"],
 }
 
 
@@ -116,7 +118,7 @@ def test_a_malformed_variable_is_named_with_its_value_and_what_it_takes(monkeypa
 
 
 def test_every_field_that_can_be_malformed_is_tested():
-    free_text = {"region", "tenant_salt"}
+    free_text = {"region", "tenant_salt", "weights_revision"}
     assert set(Settings.model_fields) == set(MALFORMED) | free_text
 
 
