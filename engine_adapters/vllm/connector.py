@@ -128,6 +128,11 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
         super().bind_kv_cache_manager(kv_cache_manager)
         self._manager = kv_cache_manager
 
+    @guarded(lambda *_: None)
+    def on_new_request(self, request: Any) -> None:
+        """A request is new."""
+        self._scheduler.arrived(request)
+
     @guarded(lambda *_: (0, False))
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """How many tokens can be loaded, and whether the engine may go on with others meanwhile."""

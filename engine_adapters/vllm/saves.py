@@ -77,9 +77,6 @@ class SaveQueue:
         """These requests are over."""
         with self._changed:
             self._broken.difference_update(requests)
-            for each in requests:
-                if not self._unfinished[each]:
-                    del self._unfinished[each]
 
     def discard(self) -> None:
         """Give up what is waiting, and return when no blocks are needed any more."""
@@ -87,9 +84,9 @@ class SaveQueue:
             for order, _ in self._waiting:
                 self._done.append(DoneSave(order.serial, taken=False))
                 self._broken.add(order.request_id)
-                self._unfinished[order.request_id] -= 1
+                self._finish(order.request_id)
             self._waiting.clear()
-            self._changed.wait_for(lambda: not any(self._unfinished.values()))
+            self._changed.wait_for(lambda: not self._unfinished)
 
     def close(self) -> None:
         """End the thread, once what is waiting is saved."""
@@ -111,8 +108,13 @@ class SaveQueue:
                 if not taken:
                     self._broken.add(order.request_id)
                 self._done.append(DoneSave(order.serial, taken))
-                self._unfinished[order.request_id] -= 1
+                self._finish(order.request_id)
                 self._changed.notify_all()
+
+    def _finish(self, request_id: str) -> None:
+        self._unfinished[request_id] -= 1
+        if not self._unfinished[request_id]:
+            del self._unfinished[request_id]
 
     def _try(self, order: SaveOrder, mark: torch.cuda.Event | None) -> bool:
         try:

@@ -65,6 +65,7 @@ class SchedulerSide:
         self._loras = LoraNames()
         self._generation = ""
         self._resets = 0
+        self._requests: dict[str, Any] = {}
         self._states: dict[str, RequestState] = {}
         self._failed = FailedKeys()
         self.loads: list[LoadOrder] = []
@@ -72,6 +73,10 @@ class SchedulerSide:
         self.held: list[str] = []
         self._open: dict[int, _OpenSave] = {}
         self._serial = 0
+
+    def arrived(self, request: Any) -> None:
+        """A request is new."""
+        self._requests[request.request_id] = request
 
     def stored_tokens(self, request: Any, computed_tokens: int) -> int | None:
         """How many tokens behind `computed_tokens` can be loaded. None: that is being found out.
@@ -81,15 +86,15 @@ class SchedulerSide:
         state = self._state(request)
         if state is None or state.load is not None:
             return 0
-        usable = (request.num_tokens - 1) // self._layout.chunk_tokens
-        keys = state.keys.upto(usable * self._layout.chunk_tokens)
-        found = state.stored_chunks(keys, self._finder)
+        keys = state.keys.upto(request.num_tokens)
+        found = state.stored_chunks(keys, self._finder) if keys else 0
         if found is None:
             return None
         chunks = self._failed.leading(keys[:found])
         state.saved_chunks = max(state.saved_chunks, chunks)
         state.offered_at = computed_tokens
-        return max(0, chunks * self._layout.chunk_tokens - computed_tokens)
+        usable = min(chunks, (request.num_tokens - 1) // self._layout.chunk_tokens)
+        return max(0, usable * self._layout.chunk_tokens - computed_tokens)
 
     def allocated(self, request: Any, block_ids: Sequence[int], external_tokens: int) -> None:
         """The engine has allocated blocks, and will wait for `external_tokens` to be loaded into them."""
@@ -146,6 +151,7 @@ class SchedulerSide:
 
     def finished(self, request: Any, block_ids: Sequence[int]) -> bool:
         """A request is over; whether the engine is to keep its blocks until workers report it."""
+        self._requests.pop(request.request_id, None)
         state = self._states.pop(request.request_id, None)
         self._failed.go_on(request.request_id)
         if state is None:
@@ -161,6 +167,7 @@ class SchedulerSide:
 
     def hold(self, request_id: str) -> None:
         """As `finished`, after a defect: have the engine keep the blocks until workers report them."""
+        self._requests.pop(request_id, None)
         self._states.pop(request_id, None)
         self.held.append(request_id)
 
@@ -181,8 +188,7 @@ class SchedulerSide:
         compute it again.
         """
         evicted: set[int] = set()
-        for request_id, state in self._states.items():
-            request = state.request
+        for request_id, request in self._requests.items():
             if request.status is RequestStatus.WAITING_FOR_REMOTE_KVS:
                 continue
             (block_ids,) = manager.get_block_ids(request_id)
@@ -192,7 +198,9 @@ class SchedulerSide:
             evicted.update(block_ids[first:])
             tokens = first * self._layout.page_tokens
             request.num_computed_tokens = min(request.num_computed_tokens, tokens)
-            state.computed_tokens = min(state.computed_tokens, tokens)
+            state = self._states.get(request_id)
+            if state is not None:
+                state.computed_tokens = min(state.computed_tokens, tokens)
             if not request.num_computed_tokens and request.status is not RequestStatus.RUNNING:
                 manager.free(request)
         manager.evict_blocks(evicted)

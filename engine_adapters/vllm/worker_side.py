@@ -142,7 +142,7 @@ class WorkerSide:
             if request_id not in self._loads and not self._saves.busy(request_id):
                 self._held.remove(request_id)
                 done.sending.add(request_id)
-        self._saves.forget(finished_requests)
+        self._saves.forget(done.sending.union(finished_requests).difference(self._held))
         return done
 
     def take_report(self) -> WorkerReport:

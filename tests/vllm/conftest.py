@@ -15,6 +15,7 @@ os.environ |= {
 
 import pytest
 from vllm_engines import engine, some_prompt
+from moody_backend import Mood, MoodyBackend
 from tiny_llama import make_tiny_llama
 
 
@@ -41,3 +42,12 @@ def answers(model):
     """What the engine says to PROMPTS without the connector."""
     with engine(model) as plain:
         return plain.generate(PROMPTS)
+
+
+@pytest.fixture
+def mood(monkeypatch):
+    """How the backend behaves that all stores of this process share for a test, whatever their settings."""
+    mood = Mood()
+    for opener in ("kvstore.store.open_backend", "kvstore.finder.open_backend"):
+        monkeypatch.setattr(opener, lambda settings: MoodyBackend(mood))
+    return mood
