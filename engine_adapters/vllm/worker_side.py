@@ -133,10 +133,12 @@ class WorkerSide:
             if request_id in self._loads:
                 self._loads[request_id].abandon()
         for request_id, load in list(self._loads.items()):
-            if not load.received and (load.done or self._may_release(load)):
+            # Asked once: it may end any moment, and must not be forgotten before it is reported.
+            ended = load.done
+            if not load.received and (ended or self._may_release(load)):
                 load.received = True
                 done.recving.add(request_id)
-            if load.done:
+            if ended:
                 self._settle(load, load.failed_chunk())
         for request_id in tuple(self._held):
             if request_id not in self._loads and not self._saves.busy(request_id):
