@@ -219,7 +219,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
 
     def _give_up(self) -> Finished:
         self._worker.give_up(self._orders)
-        return self._worker.given_up()
+        return self._worker.take_untold()
 
     @guarded(lambda self, _: self._give_up())
     def _finished(self, finished_requests: set[str]) -> Finished:

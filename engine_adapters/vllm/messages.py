@@ -64,7 +64,7 @@ class ChunkRun:
 
 @dataclass(frozen=True)
 class LoadOrder:
-    """Load chunks into blocks of the engine.
+    """Load chunks into blocks of the engine. `serial` is the order's own.
 
     run          None: the load could not be planned, and is to be reported as failed
     block_ids    the blocks to fill, in token order
@@ -74,6 +74,7 @@ class LoadOrder:
     new_tokens   tokens of the request that are left to compute behind it
     """
 
+    serial: int
     request_id: str
     run: ChunkRun | None
     block_ids: tuple[int, ...]

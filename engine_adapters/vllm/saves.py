@@ -96,20 +96,36 @@ class SaveQueue:
         self._thread.join()
 
     def _run(self) -> None:
-        while True:
+        try:
+            while self._save_next():
+                pass
+        except Exception as error:
+            self._warn("save thread", f"nothing is saved any more because of a defect: {error!r}")
+        finally:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._closed)
-                if not self._waiting:
-                    return
-                order, mark = self._waiting.popleft()
-                broken = order.request_id in self._broken
-            taken = not broken and self._try(order, mark)
-            with self._changed:
-                if not taken:
-                    self._broken.add(order.request_id)
-                self._done.append(DoneSave(order.serial, taken))
-                self._finish(order.request_id)
+                # Nobody is at work on blocks, and nobody will be.
+                self._closed = True
+                self._done += [DoneSave(order.serial, taken=False) for order, _ in self._waiting]
+                self._waiting.clear()
+                self._unfinished.clear()
                 self._changed.notify_all()
+
+    def _save_next(self) -> bool:
+        """Wait for an order and carry it out. False: the queue is closed, and empty."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closed)
+            if not self._waiting:
+                return False
+            order, mark = self._waiting.popleft()
+            broken = order.request_id in self._broken
+        taken = not broken and self._try(order, mark)
+        with self._changed:
+            if not taken:
+                self._broken.add(order.request_id)
+            self._done.append(DoneSave(order.serial, taken))
+            self._finish(order.request_id)
+            self._changed.notify_all()
+        return True
 
     def _finish(self, request_id: str) -> None:
         self._unfinished[request_id] -= 1

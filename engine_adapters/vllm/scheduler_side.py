@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import secrets
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ class SchedulerSide:
         self._saves: list[SaveOrder] = []
         self.held: list[str] = []
         self._open: dict[int, _OpenSave] = {}
-        self._serial = 0
+        self._serials = itertools.count(1)
 
     def arrived(self, request: Any) -> None:
         """A request is new."""
@@ -113,6 +114,7 @@ class SchedulerSide:
         )
         self.loads.append(
             LoadOrder(
+                serial=next(self._serials),
                 request_id=request.request_id,
                 run=ChunkRun.of(keys[first_chunk:], state.keys.variant),
                 block_ids=tuple(block_ids[first_block:last_block]),
@@ -127,7 +129,8 @@ class SchedulerSide:
     def allocation_failed(self, request: Any, block_ids: Sequence[int]) -> None:
         """As `allocated`, after a defect: have the load reported as failed, and offer the request no other."""
         self.loads = [order for order in self.loads if order.request_id != request.request_id]
-        self.loads.append(LoadOrder(request.request_id, None, tuple(block_ids), 0, self._options.awaited, 0))
+        serial, awaited = next(self._serials), self._options.awaited
+        self.loads.append(LoadOrder(serial, request.request_id, None, tuple(block_ids), 0, awaited, 0))
         self._failed.stop(request.request_id)
 
     def plan_saves(self, scheduler_output: Any) -> list[SaveOrder]:
@@ -179,6 +182,10 @@ class SchedulerSide:
                 state.load.received = True
         if output.kv_connector_worker_meta is not None:
             self._take(output.kv_connector_worker_meta)
+        if output.finished_sending:
+            # Their blocks are free, so nothing is open, even where a report was lost.
+            done = output.finished_sending
+            self._open = {at: save for at, save in self._open.items() if save.request.request_id not in done}
         return output.invalid_block_ids
 
     def recover(self, invalid: Collection[int], manager: Any) -> None:
@@ -238,9 +245,8 @@ class SchedulerSide:
             return
         keys = state.keys.upto(chunks * layout.chunk_tokens)[first:]
         blocks = tuple(block_ids[first * layout.pages : chunks * layout.pages])
-        self._serial += 1
         order = SaveOrder(
-            self._serial, state.request.request_id, ChunkRun.of(keys, state.keys.variant), blocks
+            next(self._serials), state.request.request_id, ChunkRun.of(keys, state.keys.variant), blocks
         )
         self._saves.append(order)
         self._open[order.serial] = _OpenSave(state.request, keys)

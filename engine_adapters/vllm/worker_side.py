@@ -54,11 +54,11 @@ class WorkerSide:
         self._loads: dict[str, LoadUnderWay] = {}
         self._awaited: list[LoadUnderWay] = []
         self._layers_seen: set[int] = set()
-        self._seen_loads: set[str] = set()
+        self._seen_loads: set[int] = set()
         self._forward_began_s = 0.0
         self._speed = ComputeSpeed()
         self._held: set[str] = set()
-        self._given_up = Finished()
+        self._untold = Finished()
         self.invalid: set[int] = set()
         self._report = WorkerReport()
         self._loaded: dict[str, float] = {}
@@ -89,9 +89,11 @@ class WorkerSide:
         """Start what is ordered. In the mode `whole`, return when the step may compute on it."""
         started = []
         for order in orders.loads:
+            if order.serial in self._seen_loads:
+                continue  # given up before it was begun
             load = LoadUnderWay(order, self._try_load(order), self._store.layout.pages)
             self._loads[order.request_id] = load
-            self._seen_loads.add(order.request_id)
+            self._seen_loads.add(order.serial)
             load.received = order.awaited
             started.append(load)
         awaited = [load for load in started if load.received]
@@ -103,12 +105,12 @@ class WorkerSide:
     def wait_layer(self, name: str) -> None:
         """Return when a layer's KV is there of all that the step waits for, or has failed."""
         layer = self._layer_numbers[name]
-        if not self._layers_seen:
+        if layer == 0:
             self._forward_began_s = time.monotonic()
-        self._layers_seen.add(layer)
         for load in self._awaited:
             if not load.done:
                 self._waiting(lambda load=load: load.wait_layer(layer))  # type: ignore[misc]
+        self._layers_seen.add(layer)
 
     def end_step(self, orders: StepOrders) -> None:
         """The forward pass is done, or there was none: settle what it waited for, and save."""
@@ -126,9 +128,9 @@ class WorkerSide:
 
     def finished(self, orders: StepOrders, finished_requests: Collection[str]) -> Finished:
         """What to tell the engine after a step."""
-        done = self.given_up()
-        self._held.update(orders.held)
-        self._held -= done.sending
+        # What was seen to end must be told even if something fails in between.
+        untold = self._untold
+        self._held.update(set(orders.held) - untold.sending)
         for request_id in finished_requests:
             if request_id in self._loads:
                 self._loads[request_id].abandon()
@@ -137,15 +139,15 @@ class WorkerSide:
             ended = load.done
             if not load.received and (ended or self._may_release(load)):
                 load.received = True
-                done.recving.add(request_id)
+                untold.recving.add(request_id)
             if ended:
                 self._settle(load, load.failed_chunk())
         for request_id in tuple(self._held):
             if request_id not in self._loads and not self._saves.busy(request_id):
                 self._held.remove(request_id)
-                done.sending.add(request_id)
-        self._saves.forget(done.sending.union(finished_requests).difference(self._held))
-        return done
+                untold.sending.add(request_id)
+        self._saves.forget(untold.sending.union(finished_requests).difference(self._held))
+        return self.take_untold()
 
     def take_report(self) -> WorkerReport:
         """What came of orders, since the last call."""
@@ -158,28 +160,29 @@ class WorkerSide:
     def give_up(self, orders: StepOrders) -> None:
         """After a defect: end every load as failed, and every save. When it returns nobody uses blocks.
 
-        What the engine is to be told of it, `given_up` tells once.
+        What the engine is to be told of it, `take_untold` tells.
         """
         begun = {load.order.request_id: load for load in self._loads.values()}
         for load in begun.values():
             load.cancel()
-        unstarted = [order for order in orders.loads if order.request_id not in self._seen_loads]
+        unstarted = [order for order in orders.loads if order.serial not in self._seen_loads]
         for order in [*unstarted, *(load.order for load in begun.values())]:
+            self._seen_loads.add(order.serial)
             self.invalid.update(order.block_ids)
             self._report.failed[order.request_id] = 0
             self._report.ended[order.request_id] = 1
             received = begun[order.request_id].received if order.request_id in begun else order.awaited
             if not received:
-                self._given_up.recving.add(order.request_id)
+                self._untold.recving.add(order.request_id)
         self._loads, self._awaited = {}, []
         self._saves.discard()
-        self._given_up.sending.update(self._held, orders.held)
+        self._untold.sending.update(self._held, orders.held)
         self._held = set()
 
-    def given_up(self) -> Finished:
-        """What `give_up` has ended, since the last call."""
-        given_up, self._given_up = self._given_up, Finished()
-        return given_up
+    def take_untold(self) -> Finished:
+        """What the engine was not told of yet."""
+        untold, self._untold = self._untold, Finished()
+        return untold
 
     def close(self) -> None:
         """Save what is ordered, flush the store for KVSTORE_CLOSE_TIMEOUT_S, release everything."""
