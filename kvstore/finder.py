@@ -66,6 +66,7 @@ class ChunkFinder:
             )
             for shard in dict.fromkeys(shards)
         ]
+        self._closed = False
         self._loop = EventLoopThread(workers=1)
         self._loop.submit(self._connect(no_object(settings.prefix)))
 
@@ -96,7 +97,10 @@ class ChunkFinder:
             lookups.presence.forget(keys)
 
     def close(self) -> None:
-        """Give up what is under way, and release everything."""
+        """Give up what is under way, and release everything. Safe to repeat."""
+        if self._closed:
+            return
+        self._closed = True
         self._loop.close(self._disconnect(), DISCONNECT_TIMEOUT_S)
 
     async def _count(self, keys: Sequence[ChunkKey]) -> int:

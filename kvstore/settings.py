@@ -180,11 +180,11 @@ class Settings(BaseSettings):
     )
     vllm_load: Literal["auto", "whole", "layerwise"] = Field(
         "auto",
-        description="whole, layerwise or auto: when vLLM may compute on what it loads; once all of it is there, "
+        description="whole, layerwise or auto: when vLLM may compute on what it loads; once all is there, "
         "once the first layer is, or once the rest is expected in time",
     )
     vllm_async: bool = Field(
-        True, description="true or false: whether vLLM serves other requests while one is loaded"
+        default=True, description="true or false: whether vLLM serves other requests while one is loaded"
     )
     tenant_salt: Annotated[SecretStr, AfterValidator(_check_salt)] = Field(
         SecretStr(""), description="a secret text; tenants with different salts never share chunks"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group
 
 BLOCK_TOKENS = 128
 CHUNK_TOKENS = 256
+PATIENCE_S = 30.0
 
 
 def transfer_config(bucket: str, **settings: str) -> dict[str, Any]:
@@ -74,9 +76,20 @@ class Engine:
 
     def forget(self) -> None:
         """Empty the engine's own prefix cache, and the store's memory; what is in the bucket stays."""
+        self.settle()
         assert self.core.scheduler.kv_cache_manager.reset_prefix_cache()
         self.flush()
         self.worker._store._parts.memory.clear()
+
+    def settle(self) -> None:
+        """Take the steps, without any request, in which blocks of finished ones are reported as free."""
+        until_s = time.monotonic() + PATIENCE_S
+        while time.monotonic() < until_s:
+            if not self.core.scheduler.has_finished_requests():
+                return
+            self.core.step()
+            time.sleep(0.001)
+        raise AssertionError(f"blocks are held of {list(self.core.scheduler.requests)}")
 
     def flush(self) -> None:
         """Return when everything saved is in the bucket."""

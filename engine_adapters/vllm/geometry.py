@@ -82,7 +82,8 @@ def block_planes(
     missing = [name for name in geometry.layers if name not in caches]
     if missing or len(caches) != len(geometry.layers):
         raise UnsupportedModelError(
-            f"the engine registered {len(caches)} caches for {len(geometry.layers)} layers; missing: {missing[:3]}"
+            f"the engine registered {len(caches)} caches for {len(geometry.layers)} layers; "
+            f"missing: {missing[:3]}"
         )
     return [_planes(name, caches[name], geometry, blocks) for name in geometry.layers]
 
@@ -104,8 +105,8 @@ def _planes(name: str, cache: torch.Tensor, geometry: Geometry, blocks: int) -> 
         return (pages,)
     if layout.page_form == "mla":
         return (cache[:, 0],)
-    keys, values = cache.transpose(1, 2).split([layout.head_dim, value_dim], dim=-1)
-    return (keys, values)
+    by_token = cache.transpose(1, 2)
+    return (by_token[..., : layout.head_dim], by_token[..., layout.head_dim :])
 
 
 def _near(aim: int, block_tokens: int) -> int:

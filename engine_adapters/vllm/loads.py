@@ -69,7 +69,10 @@ class LoadUnderWay:
             self._handle.cancel()
 
     def failed_chunk(self) -> int | None:
-        """Of one that has ended: the first chunk of its run that did not arrive. None: all have, or nobody waits."""
+        """Of one that has ended: the first chunk of its run that did not arrive.
+
+        None: all have, or nobody waits for it.
+        """
         if self._abandoned:
             return None
         if self._handle is None or self.order.run is None:

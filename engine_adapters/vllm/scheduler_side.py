@@ -17,7 +17,6 @@ from kvstore.engine_adapters.vllm.messages import (
     ChunkRun,
     LoadOrder,
     SaveOrder,
-    StepOrders,
     Variant,
     WorkerReport,
 )
@@ -94,7 +93,7 @@ class SchedulerSide:
         chunks = self._failed.leading(keys[:found])
         state.saved_chunks = max(state.saved_chunks, chunks)
         state.offered_at = computed_tokens
-        usable = min(chunks, (request.num_tokens - 1) // self._layout.chunk_tokens)
+        usable: int = min(chunks, (request.num_tokens - 1) // self._layout.chunk_tokens)
         return max(0, usable * self._layout.chunk_tokens - computed_tokens)
 
     def allocated(self, request: Any, block_ids: Sequence[int], external_tokens: int) -> None:
@@ -127,7 +126,7 @@ class SchedulerSide:
         self.stats.add("tokens_offered", external_tokens)
 
     def allocation_failed(self, request: Any, block_ids: Sequence[int]) -> None:
-        """As `allocated`, after a defect: have the load reported as failed, and offer the request no other."""
+        """As `allocated`, after a defect: have the load reported as failed, and offer no other."""
         self.loads = [order for order in self.loads if order.request_id != request.request_id]
         serial, awaited = next(self._serials), self._options.awaited
         self.loads.append(LoadOrder(serial, request.request_id, None, tuple(block_ids), 0, awaited, 0))
@@ -174,7 +173,7 @@ class SchedulerSide:
         self._states.pop(request_id, None)
         self.held.append(request_id)
 
-    def reported(self, output: Any) -> Collection[int]:
+    def reported(self, output: Any) -> set[int]:
         """Take note of a step's KVConnectorOutput. Returns blocks that hold no KV, to be computed again."""
         for request_id in output.finished_recving or ():
             state = self._states.get(request_id)
@@ -186,7 +185,8 @@ class SchedulerSide:
             # Their blocks are free, so nothing is open, even where a report was lost.
             done = output.finished_sending
             self._open = {at: save for at, save in self._open.items() if save.request.request_id not in done}
-        return output.invalid_block_ids
+        invalid: set[int] = output.invalid_block_ids
+        return invalid
 
     def recover(self, invalid: Collection[int], manager: Any) -> None:
         """Let no request go on from blocks that hold no KV, nor find them in the engine's prefix cache.

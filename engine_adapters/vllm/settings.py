@@ -70,7 +70,7 @@ def flags_of(extra_config: Mapping[str, Any]) -> dict[str, Any]:
 
 def wants_layerwise(extra_config: Mapping[str, Any]) -> bool:
     """Whether KVSTORE_VLLM_LOAD asks for layerwise loads in so many words."""
-    return resolve_settings(flags_of(extra_config)).settings.vllm_load == LoadMode.LAYERWISE
+    return resolve_settings(flags_of(extra_config)).settings.vllm_load == str(LoadMode.LAYERWISE)
 
 
 def _mode(settings: Settings, vllm_config: Any) -> LoadMode:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from prometheus_client import Counter
@@ -41,6 +41,8 @@ class TransferStats:
 @dataclass
 class KVStoreStats(KVConnectorStats):
     """Counts by name, of one worker or of several, of one step or of several."""
+
+    data: dict[str, Any] = field(default_factory=dict)
 
     def reset(self) -> None:
         """Begin anew."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,7 +29,7 @@ def refuse_unsupported(vllm_config: Any, kv_cache_config: Any) -> None:
 
 
 def _refuse_version(version: str) -> None:
-    found = tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
+    found = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
     low, high = VERSIONS
     if not low <= found < high:
         raise MisconfiguredError(
@@ -46,7 +47,7 @@ def _objections(config: Any) -> Iterator[str]:
     if not (current_platform.is_cpu() or current_platform.is_cuda()):
         yield f"the platform is {current_platform.device_type}; tested are cpu and cuda"
     if parallel.pipeline_parallel_size > 1:
-        yield f"pipeline_parallel_size={parallel.pipeline_parallel_size} splits layers over ranks; set it to 1"
+        yield f"pipeline_parallel_size={parallel.pipeline_parallel_size} splits layers; set it to 1"
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
             yield f"{name}={getattr(parallel, name)} splits a request's tokens over ranks; set it to 1"

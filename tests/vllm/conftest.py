@@ -14,9 +14,9 @@ os.environ |= {
 }
 
 import pytest
-from vllm_engines import engine, some_prompt
 from moody_backend import Mood, MoodyBackend
 from tiny_llama import make_tiny_llama
+from vllm_engines import engine, some_prompt
 
 
 @pytest.fixture(scope="session")

@@ -75,7 +75,7 @@ def fresh(model):
 
 
 @pytest.mark.parametrize("mode", [("auto", "true"), ("layerwise", "false")], ids=["async", "sync"])
-def test_an_exception_in_any_call_is_a_miss(model, mood, prompts, answers, fresh, mode, monkeypatch):
+def test_an_exception_in_any_call_is_a_miss(*, model, mood, prompts, answers, fresh, mode, monkeypatch):
     load, asynchronous = mode
     config = transfer_config("memory://", KVSTORE_VLLM_LOAD=load, KVSTORE_VLLM_ASYNC=asynchronous)
     raised = set()
@@ -92,24 +92,14 @@ def test_an_exception_in_any_call_is_a_miss(model, mood, prompts, answers, fresh
                 patch.setattr(part, name, fail)
                 assert one.generate(prompts) == answers, f"{part.__name__}.{name}"
                 assert one.generate([prompt], tokens=3) == [answer], f"{part.__name__}.{name}"
-                settle(one, f"{part.__name__}.{name}")
+                one.settle()
             recover(one)
         loaded = one.loaded_chunks
         assert one.generate(prompts) == answers
-        settle(one, "the end")
+        one.settle()
         assert one.loaded_chunks > loaded
         assert not one.scheduler._states
-    print(sorted({f"{part.__name__}.{name}" for part, name in CALLS} - raised))
     assert len(raised) > 40
-
-
-def settle(one, when):
-    """Let the engine take the steps in which the blocks of finished requests are reported."""
-    for _ in range(200):
-        if not one.core.scheduler.has_finished_requests():
-            return
-        one.core.step()
-    raise AssertionError(f"{when}: blocks are held of {list(one.core.scheduler.requests)}")
 
 
 def recover(one):

@@ -7,7 +7,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 import pytest
-from vllm_engines import engine, transfer_config
+from vllm_engines import engine, some_prompt, transfer_config
 
 import kvstore.chunk_fetch
 
@@ -78,7 +78,7 @@ def test_loads_matter_as_a_poisoned_store_with_checksums_off_changes_tokens(
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("trouble", ["failing", "hanging"])
-def test_a_store_that_fails_at_each_call(model, prompts, answers, mood, mode, trouble):
+def test_a_store_that_fails_at_each_call(*, model, prompts, answers, mood, mode, trouble):
     with engine(model, config_for(mode)) as one:
         assert one.generate(prompts) == answers
         one.forget()
@@ -118,3 +118,23 @@ def test_a_slow_store_is_waited_for_layer_by_layer(model, prompts, answers, mood
         assert one.generate(prompts) == answers
         assert one.loaded_chunks == 7
         assert one.missed_chunks == 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_nobody_computes_on_blocks_of_a_load_that_another_request_failed(model, mood, mode):
+    shared = some_prompt(1000, 50)
+    prompts = [shared + some_prompt(30, seed) for seed in range(4)]
+    # A piece of a prefill at a time, and room for others beside it: the first of those that share
+    # blocks takes several steps to compute them again.
+    options = {"long_prefill_token_threshold": 64, "max_num_batched_tokens": 512}
+    with engine(model, **options) as plain:
+        expected = plain.generate(prompts)
+    with engine(model, config_for(mode), **options) as one:
+        one.generate([shared], tokens=1)
+        one.forget()
+        # Lookups find what then cannot be read.
+        mood.failing = {"read"}
+        assert one.generate(prompts) == expected
+        assert one.missed_chunks
+        mood.failing = set()
+        assert one.generate(prompts) == expected

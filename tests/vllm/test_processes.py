@@ -22,7 +22,7 @@ FULL_CHUNK_TOKENS = (2 + 4 + 1) * 256
     ids=["eager", "compiled", "two ranks"],
 )
 def test_a_fresh_process_loads_what_another_saved(
-    model, bucket, prompts, options, environment, monkeypatch
+    *, model, bucket, prompts, options, environment, monkeypatch
 ):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

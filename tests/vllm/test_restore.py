@@ -10,7 +10,7 @@ FULL_CHUNKS = 2 + 4 + 1
 
 @pytest.mark.parametrize("mode", ["auto", "whole", "layerwise"])
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
-def test_what_one_engine_saved_another_loads(model, bucket, prompts, answers, mode, asynchronous):
+def test_what_one_engine_saved_another_loads(*, model, bucket, prompts, answers, mode, asynchronous):
     config = transfer_config(bucket, KVSTORE_VLLM_LOAD=mode, KVSTORE_VLLM_ASYNC=asynchronous)
     with engine(model, config) as first:
         assert first.generate(prompts) == answers

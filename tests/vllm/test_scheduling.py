@@ -1,4 +1,4 @@
-"""The same tokens whatever the scheduler does: chunks of prefill, preemption, aborts, shared prefixes, salts."""
+"""The same tokens whatever the scheduler does: chunked prefill, preemption, aborts, salts."""
 
 from __future__ import annotations
 
