@@ -73,13 +73,16 @@ $(BENCH_STAMP): pyproject.toml constraints.txt
 	@$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	@touch $@
 
-bench: $(if $(filter $(BENCH_ALONE),$(NAME)),$(BENCH_STAMP),$(STAMP)) ## Run one benchmark: NAME=roundtrip; without NAME, lists them
+# Which environment a benchmark runs in, and the stamp that says it is there.
+BENCH_IN := $(if $(filter $(BENCH_ALONE),$(NAME)),$(BENCH_VENV),$(if $(filter vllm,$(NAME)),$(VLLM_VENV),$(VENV)))
+
+bench: $(BENCH_IN)/.installed ## Run one benchmark: NAME=roundtrip; without NAME, lists them
 	@test -n '$(NAME)' || { echo "usage: make bench NAME=x [ARGS=--help], x one of:"; \
 		for file in $$(grep -l 'prog="make bench' benchmarks/*.py); do \
 			printf '  %-14s %s\n' "$$(basename $$file .py)" "$$(sed -n '1s/^"""//p' $$file)"; done; exit 2; }
 	@grep -qsF 'prog="make bench NAME=$(NAME)"' benchmarks/*.py || { echo "make bench: NAME='$(NAME)' is no benchmark;" \
 		"one of:" $$(sed -n 's/.*prog="make bench NAME=\(\w*\)".*/\1/p' benchmarks/*.py) >&2; exit 2; }
-	@$(if $(filter $(BENCH_ALONE),$(NAME)),$(BENCH_VENV)/bin,$(BIN))/python -m benchmarks.$(NAME) $(ARGS)
+	@$(BENCH_IN)/bin/python -m benchmarks.$(NAME) $(ARGS)
 
 quality: $(STAMP) ## What codecs cost a trained model's answers (MODEL=folder; ARGS=--help); minutes
 	@$(BIN)/python -m benchmarks.quality $(if $(MODEL),--model "$$MODEL") $(ARGS)

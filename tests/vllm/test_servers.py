@@ -9,7 +9,8 @@ from contextlib import ExitStack
 import boto3
 from moto_buckets import moto_bucket, moto_url  # noqa: F401 fixtures
 from vllm_engines import some_prompt, transfer_config
-from vllm_server import vllm_server
+
+from benchmarks.vllm_server import vllm_server
 
 REQUESTS = 20
 SHARED = some_prompt(800, 77)

@@ -28,20 +28,31 @@ class VllmServer:
 
     def complete(self, prompt: list[int], tokens: int = 8) -> str:
         """The greedy answer, over HTTP."""
+        with self._ask(prompt, tokens, stream=False) as answer:
+            return str(json.load(answer)["choices"][0]["text"])
+
+    def first_token_s(self, prompt: list[int]) -> float:
+        """Seconds until the first token is here."""
+        began_s = time.perf_counter()
+        with self._ask(prompt, 1, stream=True) as answer:
+            answer.readline()
+            return time.perf_counter() - began_s
+
+    def _ask(self, prompt: list[int], tokens: int, *, stream: bool) -> Any:
         body = {
             "model": self._model,
             "prompt": prompt,
             "max_tokens": tokens,
             "temperature": 0,
             "ignore_eos": True,
+            "stream": stream,
         }
         request = urllib.request.Request(
             f"{self._url}/v1/completions",
             data=json.dumps(body).encode(),
             headers={"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=120) as answer:
-            return json.load(answer)["choices"][0]["text"]
+        return urllib.request.urlopen(request, timeout=120)
 
     def counter(self, name: str) -> float:
         """The sum of a counter over its labels, from /metrics."""
