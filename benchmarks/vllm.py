@@ -62,7 +62,7 @@ class Side:
 
 def main() -> None:
     """Run the benchmark."""
-    parser = parser_of("make bench NAME=vllm", __doc__)
+    parser = parser_of(prog="make bench NAME=vllm", description=__doc__)
     add_number(parser, "--document-tokens", 3600, "tokens of the document", least=300)
     add_number(parser, "--prompts", 24, "prompts of a round of those that never repeat")
     add_rounds(parser, 3)

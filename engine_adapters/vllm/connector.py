@@ -123,11 +123,6 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
 
     # Scheduler
 
-    def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
-        """Take the manager of the engine's blocks."""
-        super().bind_kv_cache_manager(kv_cache_manager)
-        self._manager = kv_cache_manager
-
     @guarded(lambda *_: None)
     def on_new_request(self, request: Any) -> None:
         """A request is new."""
@@ -165,7 +160,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
         self._loading.difference_update(connector_output.finished_recving or ())
         invalid = self._scheduler.reported(connector_output)
         if invalid:
-            self._scheduler.recover(invalid, self._manager)
+            self._scheduler.recover(invalid, self._kv_cache_manager)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """A request is over; whether its blocks are still needed."""
