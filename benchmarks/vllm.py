@@ -1,9 +1,9 @@
 """vLLM with the store and without: first token after a restart, and what saving costs.
 
-A chat about a long document, over HTTP, with a random-weight Llama and S3 on this machine (moto). The
-server is stopped and started anew between two turns; then it answers prompts that never repeat, several
-at a time. The same with and without the connector, one server after the other, rounds of prompts
-interleaved as far as one server at a time allows. Runs in the environment of `make test-vllm`.
+A chat about a long document, over HTTP, with a random-weight Llama and a bucket on this machine. The server
+is stopped and started anew between two turns; a server without the store computes the second one. Then
+both answer prompts that never repeat, several at a time, taking turns round by round. Runs in the
+environment of `make test-vllm`.
 
 JSON: machine; model_parameters, document_tokens; ttft_first_s (nothing stored), ttft_restart_s (restored),
 ttft_recompute_s (the same turn, without the store), ttft_restart_ratio (restored / recomputed);
@@ -19,7 +19,7 @@ import statistics
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -45,19 +45,9 @@ CONFIG = {
     "kv_role": "kv_both",
     "kv_load_failure_policy": "recompute",
 }
-CLIENTS = 4
+CLIENTS = 1
 PROMPT_TOKENS = 700
 ANSWER_TOKENS = 16
-
-
-@dataclass(frozen=True)
-class Side:
-    """What was measured of servers with the store, or without."""
-
-    first_s: float
-    restart_s: float
-    tokens_per_s: float
-    restored_tokens: float
 
 
 def main() -> None:
@@ -65,55 +55,64 @@ def main() -> None:
     parser = parser_of(prog="make bench NAME=vllm", description=__doc__)
     add_number(parser, "--document-tokens", 3600, "tokens of the document", least=300)
     add_number(parser, "--prompts", 24, "prompts of a round of those that never repeat")
-    add_rounds(parser, 3)
+    parser.add_argument(
+        "--moto", action="store_true", help="S3 instead of a folder; its server takes its share of the cores"
+    )
+    add_rounds(parser, 5)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, moto_store() as store:
-        os.environ.update(store.environment())
-        model = write_llama(Path(folder, "model"), spread=0.02, **SIZES)
-        sides = {
-            with_store: measure(model, CONFIG if with_store else None, options)
-            for with_store in (False, True)
-        }
-    without, stored = sides[False], sides[True]
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        folder = Path(name)
+        bucket = {"KVSTORE_BUCKET": (folder / "bucket").as_uri()}
+        os.environ.update(stack.enter_context(moto_store()).environment() if options.moto else bucket)
+        model = write_llama(folder / "model", spread=0.02, **SIZES)
+        result = measure(model, options)
     print_result(
         {
             "machine": machine(),
             "model_parameters": _parameters(),
             "document_tokens": options.document_tokens,
-            "ttft_first_s": stored.first_s,
-            "ttft_restart_s": stored.restart_s,
-            "ttft_recompute_s": without.restart_s,
-            "ttft_restart_ratio": stored.restart_s / without.restart_s,
-            "tokens_per_s": stored.tokens_per_s,
-            "tokens_per_s_without": without.tokens_per_s,
-            "throughput_ratio": stored.tokens_per_s / without.tokens_per_s,
-            "restored_tokens": stored.restored_tokens,
+            **result,
+            "ttft_restart_ratio": result["ttft_restart_s"] / result["ttft_recompute_s"],
+            "throughput_ratio": result["tokens_per_s"] / result["tokens_per_s_without"],
         }
     )
 
 
-def measure(model: Path, config: dict[str, Any] | None, options: Any) -> Side:
+def measure(model: Path, options: Any) -> dict[str, float]:
     """Two turns of the chat with a restart between them, then prompts that never repeat."""
-    name = "with the store" if config else "without"
-    tokens = random.Random(1)
-    document = [tokens.randrange(2000) for _ in range(options.document_tokens)]
-    question, second = ([tokens.randrange(2000) for _ in range(40)] for _ in range(2))
-    with _server(model, config) as server:
+    choose = random.Random(1)
+    document = [choose.randrange(2000) for _ in range(options.document_tokens)]
+    question, second = ([choose.randrange(2000) for _ in range(40)] for _ in range(2))
+    with _server(model, CONFIG) as server:
         _warm_up(server)
         first_s = server.first_token_s(document + question)
-        say(f"{name}: first turn, nothing stored: {first_s:.2f} s to the first token")
-    with _server(model, config) as server:
-        _warm_up(server)
-        restart_s = server.first_token_s(document + question + second)
-        restored = server.counter("vllm:kvstore_tokens_from_backend") if config else 0.0
-        say(f"{name}: second turn, after a restart: {restart_s:.2f} s, {restored:.0f} tokens restored")
-        rates = [_rate(server, options.prompts, seed) for seed in range(options.rounds)]
-        say(f"{name}: prompts that never repeat: {' '.join(f'{rate:.0f}' for rate in rates)} tokens/s")
-    return Side(first_s, restart_s, statistics.median(rates), restored)
+        say(f"with the store, first turn: {first_s:.2f} s to the first token")
+    with _server(model, CONFIG) as stored, _server(model, None) as plain:
+        took_s = {}
+        for name, server in (("with the store", stored), ("without", plain)):
+            _warm_up(server)
+            took_s[name] = server.first_token_s(document + question + second)
+            say(f"{name}, second turn, after a restart: {took_s[name]:.2f} s to the first token")
+        restored = stored.counter("vllm:kvstore_tokens_from_backend")
+        rates: dict[str, list[float]] = {"with the store": [], "without": []}
+        for number in range(options.rounds):
+            for name, server in (("with the store", stored), ("without", plain)):
+                rates[name].append(_rate(server, options.prompts, number))
+                say(f"{name}, prompts that never repeat: {rates[name][-1]:.0f} tokens/s")
+    return {
+        "ttft_first_s": first_s,
+        "ttft_restart_s": took_s["with the store"],
+        "ttft_recompute_s": took_s["without"],
+        "restored_tokens": restored,
+        "tokens_per_s": statistics.median(rates["with the store"]),
+        "tokens_per_s_without": statistics.median(rates["without"]),
+    }
 
 
-def _server(model: Path, config: dict[str, Any] | None) -> Any:
-    return vllm_server(model, config, model.parent / "server.log", "--enforce-eager", "--dtype", "bfloat16")
+def _server(model: Path, config: dict[str, Any] | None) -> AbstractContextManager[VllmServer]:
+    # Without a timeout vLLM kills its workers at once, and what is not uploaded yet is lost.
+    options = ("--enforce-eager", "--dtype", "bfloat16", "--shutdown-timeout", "30")
+    return vllm_server(model, config, model.parent / f"server-{config is None}.log", *options)
 
 
 def _warm_up(server: VllmServer) -> None:

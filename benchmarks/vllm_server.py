@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 READY_S = 240.0
+# GiB of KV cache; and nothing outside of this machine is asked for.
+_DEFAULTS = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 
 class VllmServer:
@@ -79,7 +81,7 @@ def vllm_server(
         *arguments,
         *(() if config is None else ("--kv-transfer-config", json.dumps(config))),
     ]
-    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    environment = _DEFAULTS | os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     if cores is not None:
         environment["VLLM_CPU_OMP_THREADS_BIND"] = cores
     with log.open("w") as output:
