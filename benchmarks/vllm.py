@@ -2,7 +2,7 @@
 
 A chat about a long document, over HTTP, with a random-weight Llama and a bucket on this machine. The server
 is stopped and started anew between two turns; a server without the store computes the second one. Then
-both answer prompts that never repeat, several at a time, taking turns round by round. Runs in the
+both answer prompts that never repeat, one at a time, taking turns round by round. Runs in the
 environment of `make test-vllm`.
 
 JSON: machine; model_parameters, document_tokens; ttft_first_s (nothing stored), ttft_restart_s (restored),
@@ -112,7 +112,9 @@ def measure(model: Path, options: Any) -> dict[str, float]:
 def _server(model: Path, config: dict[str, Any] | None) -> AbstractContextManager[VllmServer]:
     # Without a timeout vLLM kills its workers at once, and what is not uploaded yet is lost.
     options = ("--enforce-eager", "--dtype", "bfloat16", "--shutdown-timeout", "30")
-    return vllm_server(model, config, model.parent / f"server-{config is None}.log", *options)
+    log = model.parent / f"server-{config is None}.log"
+    # By itself, a second server would take other cores than the first.
+    return vllm_server(model, config, log, *options, cores=f"0-{(os.cpu_count() or 1) - 1}")
 
 
 def _warm_up(server: VllmServer) -> None:
