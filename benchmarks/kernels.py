@@ -7,41 +7,34 @@ sides contiguous; `per_page` a non-blocking copy for each page and plane; `index
 and moves pages on the GPU, with index_copy_ and index_select; `torch_copier` our reference. JSON:
 machine, gpu (null without one, and no cases), `cases`: a list of {shape, page_tokens, direction
 (host_to_pages, pages_to_host), `gbps`: {name: GB/s}, of_pinned}, medians over the rounds.
+
+`quantized`: the same of sections that a tensor codec makes: a list of {shape, page_tokens, codec, `gbps`
+(GB/s of pages' bytes), dequantize_vs_pinned, quantize_vs_pinned}, beside a plain copy of the pages' bytes
+in the same rounds. `dequantize` is one call a layer, waited for at the end; `quantize` one call for all
+chunks and layers, `quantize_by_chunk` one a chunk, as a save does.
 """
 
 from __future__ import annotations
 
-import contextlib
-import mmap
-import statistics
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from benchmarks.command_line import add_numbers, add_rounds, parser_of
+from benchmarks.pinned_sections import SHAPES, PinnedSections, medians
+from benchmarks.quantized_copies import CODECS, QUANTIZED_SHAPES, QuantizedBench
 from benchmarks.report import machine, print_result, say
 from kvstore.kernels.contract import PageCopier
 from kvstore.kernels.copiers import page_copier
-from kvstore.kernels.page_checks import PageChecks
-from kvstore.kernels.page_lock import page_lock
 from kvstore.kernels.torch_copier import TorchPageCopier
-from kvstore.layout import ChunkForm, DType, KVLayout, Shard
-from kvstore.prefault import populate
+from kvstore.layout import ChunkForm
 
-TOKENS = 16_384
 PAGE_TOKENS = (16, 32, 64, 128, 256)
 DIRECTIONS = ("host_to_pages", "pages_to_host")
 # What costs microseconds a page is measured on these many layers: its rate is the same on more.
 SLOW_LAYERS = 2
-# name: layers, kv heads of the model and of one rank, head_dim, page form
-SHAPES = {
-    "llama-8b": (32, 8, 8, 128, "nhd"),
-    "llama-70b, 1 of 8 ranks": (80, 8, 1, 128, "nhd"),
-    "mla": (61, 1, 1, 576, "mla"),
-}
 
 
 def main() -> None:
@@ -51,9 +44,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         say("no GPU here: nothing was measured")
-        print_result({"machine": machine(), "gpu": None, "cases": []})
+        print_result({"machine": machine(), "gpu": None, "cases": [], "quantized": []})
         return
-    cases = []
+    cases, quantized = [], []
     for shape in SHAPES:
         for page_tokens in arguments.page_tokens:
             with Bench.of(shape, page_tokens) as bench:
@@ -61,56 +54,22 @@ def main() -> None:
                 for row in bench.measure(arguments.rounds):
                     cases.append({"shape": shape, "page_tokens": page_tokens, **row})
                     print_case(cases[-1])
-    print_result({"machine": machine(), "gpu": torch.cuda.get_device_name(), "cases": cases})
+                for name in CODECS if shape in QUANTIZED_SHAPES else ():
+                    row = QuantizedBench(bench, name).measure(arguments.rounds)
+                    quantized.append({"shape": shape, "page_tokens": page_tokens, **row})
+                    print_quantized(quantized[-1])
+    gpu = torch.cuda.get_device_name()
+    print_result({"machine": machine(), "gpu": gpu, "cases": cases, "quantized": quantized})
 
 
-class Bench:
-    """Chunks in host memory, and pages on the GPU for all of their layers."""
+class Bench(PinnedSections):
+    """Every way to copy sections in host form, for all layers or for some."""
 
     def __init__(self, form: ChunkForm, host: memoryview) -> None:
-        self.form = form
-        self.host = host
-        self.chunks = TOKENS // form.layout.chunk_tokens
+        super().__init__(form, host)
         self.slow_layers = min(SLOW_LAYERS, form.layers)
-        self.sections = [
-            [host[start : start + form.section_bytes] for start in self._starts(layer)]
-            for layer in range(form.layers)
-        ]
-        needed, checks = self.chunks * form.layout.pages, PageChecks(form)
-        self.planes = [
-            [
-                torch.zeros(needed * 5 // 4, *shape, dtype=checks.dtype, device="cuda")
-                for shape in checks.page_shapes
-            ]
-            for _ in range(form.layers)
-        ]
-        table = torch.randperm(needed * 5 // 4)[:needed]
-        self.ids: list[list[int]] = table.view(self.chunks, -1).tolist()
-        self.index = table.cuda()
-        self._layer_gb = self.chunks * form.section_bytes / 1e9
         self.copier = page_copier(form, [torch.device("cuda", 0)])
         self.reference = TorchPageCopier(form)
-        self.flat_host = torch.frombuffer(host, dtype=torch.uint8)
-        self.flat = torch.empty_like(self.flat_host, device="cuda")
-
-    @classmethod
-    @contextlib.contextmanager
-    def of(cls, shape: str, page_tokens: int) -> Iterator[Bench]:
-        layers, kv_heads, heads, head_dim, page_form = SHAPES[shape]
-        layout = KVLayout(layers, kv_heads, head_dim, DType.BFLOAT16, page_form, page_tokens)
-        form = ChunkForm(layout, Shard(0, heads))
-        torch.zeros(1, device="cuda")
-        host = memoryview(mmap.mmap(-1, TOKENS // layout.chunk_tokens * form.host_bytes))
-        populate(host, threading.Event())
-        torch.frombuffer(host, dtype=torch.int64).random_()
-        unlock = page_lock(host)
-        if unlock is None:
-            raise SystemExit("the driver refuses to lock host memory")
-        try:
-            yield cls(form, host)
-        finally:
-            torch.cuda.synchronize()
-            unlock()
 
     def check(self) -> None:
         """Copy to pages and back into zeroed memory: every byte comes back."""
@@ -125,19 +84,18 @@ class Bench:
     def measure(self, rounds: int) -> list[dict[str, Any]]:
         """Each way to copy in turn, in both directions; the first round only warms up."""
         ways = self._ways()
-        took: dict[tuple[str, str], list[float]] = {}
-        for _ in range(rounds + 1):
-            for direction in DIRECTIONS:
-                for name, (run, _layers) in ways.items():
-                    torch.cuda.synchronize()
-                    started_s = time.perf_counter()
-                    run(direction)
-                    torch.cuda.synchronize()
-                    took.setdefault((direction, name), []).append(time.perf_counter() - started_s)
+        took_s = medians(
+            {
+                (direction, name): partial(run, direction)
+                for direction in DIRECTIONS
+                for name, (run, _layers) in ways.items()
+            },
+            rounds,
+        )
         rows = []
         for direction in DIRECTIONS:
             gbps = {
-                name: self._layer_gb * layers / statistics.median(took[direction, name][1:])
+                name: self.layer_gb * layers / took_s[direction, name]
                 for name, (_run, layers) in ways.items()
             }
             shown = {name: round(value, 1) for name, value in gbps.items()}
@@ -151,7 +109,7 @@ class Bench:
         return {
             "copier": (self.run_copier, total),
             "copier_waited": (self.run_copier_waited, total),
-            "pinned": (self.run_pinned, total),
+            "pinned": (self.copy_flat, total),
             "per_page": (self.run_per_page, some),
             "index": (self.run_index, total),
             "torch_copier": (self.run_reference, some),
@@ -171,13 +129,6 @@ class Bench:
 
     def run_reference(self, direction: str) -> None:
         self._run_waited(self.reference, direction, self.slow_layers)
-
-    def run_pinned(self, direction: str) -> None:
-        # Padding between sections travels along: below 1%.
-        if direction == "host_to_pages":
-            self.flat.copy_(self.flat_host, non_blocking=True)
-        else:
-            self.flat_host.copy_(self.flat, non_blocking=True)
 
     def run_per_page(self, direction: str) -> None:
         for layer in range(self.slow_layers):
@@ -214,13 +165,10 @@ class Bench:
 
     def _host_plane(self, layer: int, chunk: int, number: int) -> torch.Tensor:
         """One plane of a section as pages."""
-        start = self._starts(layer)[chunk] + sum(self.form.plane_bytes[:number])
+        start = self.starts(layer)[chunk] + sum(self.form.plane_bytes[:number])
         plane = self.planes[layer][number]
         flat = self.flat_host[start : start + self.form.plane_bytes[number]]
         return flat.view(plane.dtype).view(-1, *plane.shape[1:])
-
-    def _starts(self, layer: int) -> list[int]:
-        return [chunk * self.form.host_bytes + layer * self.form.stride for chunk in range(self.chunks)]
 
 
 def print_case(case: dict[str, Any]) -> None:
@@ -228,6 +176,14 @@ def print_case(case: dict[str, Any]) -> None:
     say(
         f"{case['shape']}, pages of {case['page_tokens']}, {case['direction']}: GB/s {figures};"
         f" {case['of_pinned']} of pinned"
+    )
+
+
+def print_quantized(case: dict[str, Any]) -> None:
+    figures = ", ".join(f"{name} {value}" for name, value in case["gbps"].items())
+    say(
+        f"{case['shape']}, pages of {case['page_tokens']}, {case['codec']}: GB/s {figures};"
+        f" dequantize {case['dequantize_vs_pinned']} and quantize {case['quantize_vs_pinned']} of pinned"
     )
 
 

@@ -44,6 +44,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.quality_codec import CodecTrial
 from benchmarks.quality_report import say_table, write_docs
@@ -62,6 +63,7 @@ CODECS = (
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
+    disable_progress_bar()
     given = options.model and _given_model(options.model, options.cache)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     recipe = recipe_for(device, **{field.name: getattr(options, field.name) for field in fields(Recipe)})

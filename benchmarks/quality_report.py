@@ -132,7 +132,8 @@ def _axes(highest: float) -> Iterator[str]:
         text = "0" if power == _DECADES[0] else f"{10.0 ** (power + 2):g}%"
         yield f'<text x="{_x(10.0**power):.1f}" y="{_BOTTOM + 18}" text-anchor="middle">{text}</text>'
     middle_x, middle_y = (_LEFT + _WIDTH - _RIGHT) / 2, (_TOP + _BOTTOM) / 2
-    yield f'<text x="{middle_x}" y="{_BOTTOM + 42}" text-anchor="middle">change of perplexity</text>'
+    label = "change of perplexity, up or down"
+    yield f'<text x="{middle_x}" y="{_BOTTOM + 42}" text-anchor="middle">{label}</text>'
     yield f'<text transform="translate(16 {middle_y}) rotate(-90)" text-anchor="middle">ratio</text>'
 
 

@@ -1,10 +1,12 @@
-"""The codec contracts: ByteCodec, TensorCodec, and CodecFamily, by which the registry knows byte codecs."""
+"""The codec contracts: ByteCodec, TensorCodec, and the families by which the registry knows them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+from kvstore.layout import ChunkForm
 
 
 class ByteCodec(Protocol):
@@ -71,6 +73,10 @@ class TensorCodec(Protocol):
         """
         ...
 
+    def check(self, sections: Sequence[memoryview]) -> None:
+        """Raise MissError(BAD_ENCODING) if `decode` would for one of `sections`, what `encode` wrote each."""
+        ...
+
     def decode(self, stored: memoryview, out: memoryview) -> None:
         """See ByteCodec.decode: `out` is filled with numbers within the bound, none of them NaN or infinite
 
@@ -81,7 +87,7 @@ class TensorCodec(Protocol):
 
 @dataclass(frozen=True)
 class CodecFamily:
-    """The byte codecs of one name; what an entry point of the group `kvstore.codecs` loads to.
+    """The byte codecs of one name; an entry point of the group `kvstore.codecs` may load to it.
 
     name      letters, digits and underscores; stands in settings, and in headers as codec name
     make      the codec at a level, None for the default; raises MisconfiguredError out of range
@@ -95,3 +101,36 @@ class CodecFamily:
     about: str
     takes: str = ""
     bare: Callable[[], ByteCodec] | None = None
+
+
+@dataclass(frozen=True)
+class TensorFamily:
+    """The tensor codecs of one name; an entry point of the group `kvstore.codecs` may load to it.
+
+    name    letters, digits and underscores; stands in settings, headers and fidelities
+    make    the codec for a chunk form, of a group, or of None where there are no groups; its name is
+            `full_name` of that group; raises MisconfiguredError for a form that it is not for
+    about   one line for people: what is rounded to what, and how far off a number can be
+    groups  how many elements may share a scale, the default first; empty: the name says it all
+    """
+
+    name: str
+    make: Callable[[int | None, ChunkForm], TensorCodec]
+    about: str
+    groups: tuple[int, ...] = ()
+
+    @property
+    def takes(self) -> str:
+        """What may follow the name, for people."""
+        if not self.groups:
+            return "+CODEC, a byte codec"
+        sizes = ", ".join(map(str, sorted(self.groups)))
+        return f":GROUP of {sizes}, default {self.groups[0]}; then +CODEC, a byte codec"
+
+    def full_name(self, group: str | None) -> str:
+        """The name in headers and fidelities, with the group in it. Raises ValueError for another group."""
+        if group is None:
+            return f"{self.name}:{self.groups[0]}" if self.groups else self.name
+        if group not in map(str, self.groups):
+            raise ValueError(group)
+        return f"{self.name}:{group}"

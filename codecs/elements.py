@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,23 @@ class Elements:
             np.copyto(words, bits, casting="unsafe")
         else:
             np.copyto(words, floats, casting="same_kind")
+
+    def within(self, words: NDArray[Any]) -> bool:
+        """Whether all `words` are numbers of which none is larger than `largest`."""
+        magnitudes = np.bitwise_and(words.view(self._bits), np.iinfo(self._bits).max >> 1)
+        # Bits of infinities and NaN are above those of numbers.
+        return not words.size or int(magnitudes.max()) <= self._largest_bits
+
+    @cached_property
+    def _bits(self) -> np.dtype[Any]:
+        return np.dtype(f"<u{self.word.itemsize}")
+
+    @cached_property
+    def _largest_bits(self) -> int:
+        largest = np.float32(self.largest)
+        if self is BFLOAT16:
+            return int(largest.view(np.uint32)) >> 16
+        return int(largest.astype(self.word).view(self._bits))
 
 
 BFLOAT16 = Elements(np.dtype("<u2"), 2.0**126)

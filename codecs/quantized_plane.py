@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -17,8 +17,6 @@ from kvstore.errors import MissError, MissReason
 
 # The smallest normal bfloat16: smaller scales would have no reciprocal.
 _SCALE_BITS_MIN = 0x0080
-# Infinity. Bits of NaN are above it, and so are those of any negative number.
-_SCALE_BITS_STOP = 0x7F80
 _SCALE = np.dtype("<u2")
 # Elements that are worked on at a time: enough to make calls cheap, few enough for the caches.
 TILE_ELEMENTS = 1 << 17
@@ -66,6 +64,11 @@ class PlaneGroups:
         return len(self.runs) * self.row if self.by_channel else self.rows * self.row // self.group
 
     @property
+    def scale_bytes(self) -> int:
+        """Bytes of the groups' scales."""
+        return self.groups * _SCALE.itemsize
+
+    @property
     def lowest_bytes(self) -> int:
         """Bytes of the groups' lowest elements."""
         return self.groups * self.elements.word.itemsize if self.grid.affine else 0
@@ -78,7 +81,7 @@ class PlaneGroups:
     @property
     def stored_bytes(self) -> int:
         """Bytes of scales, lowest elements and codes."""
-        return self.groups * _SCALE.itemsize + self.lowest_bytes + self.rows * self.codes_row_bytes
+        return self.scale_bytes + self.lowest_bytes + self.rows * self.codes_row_bytes
 
     def encode(self, floats: Floats, stored: memoryview) -> bool:
         """Fill `stored` with `floats` [rows, heads, dim], which are destroyed.
@@ -108,23 +111,28 @@ class PlaneGroups:
             self.grid.encode(floats[at].reshape(len(tile), self.row), codes[at])
         return True
 
+    def check(self, scales: bytes, lowest: bytes, codes: Iterable[memoryview]) -> None:
+        """Raise MissError(BAD_ENCODING) for what no writer writes, in such planes of any number of sections.
+
+        scales, lowest  those of all sections
+        codes           for each section its codes
+        """
+        bits = np.frombuffer(scales, _SCALE)
+        # Bits of positive numbers are in the order of numbers; those of negative ones, and NaN, are above.
+        if bits.size and not _SCALE_BITS_MIN <= bits.min() <= bits.max() <= self._scale_bits_max:
+            raise bad("a scale is no positive number, or too large")
+        if not self.elements.within(np.frombuffer(lowest, self.elements.word)):
+            raise bad("a group's lowest element is no number, or too large")
+        if not self.grid.sound(codes):
+            raise bad("a code stands for no number")
+
     def parameters(self, stored: memoryview) -> Parameters:
-        """What `stored` holds. Raises MissError(BAD_ENCODING) for what no writer writes."""
+        """What `stored` holds; `check` has passed it."""
         scale_bits, lowest_words, codes = self._split(stored)
         scales = np.left_shift(scale_bits, 16, dtype=np.uint32).view(np.float32)
         lowest = np.zeros(len(lowest_words), np.float32)
         if self.grid.affine:
             self.elements.load(lowest_words, lowest)
-        largest = self.elements.largest
-        if self.groups and not _SCALE_BITS_MIN <= scale_bits.min() <= scale_bits.max() < _SCALE_BITS_STOP:
-            raise bad("a scale is no positive number")
-        # No group spans more than twice the largest magnitude; and with this no sum overflows.
-        if self.groups and scales.max() > 2.5 * largest / self.grid.largest:
-            raise bad("a scale is too large")
-        if not (np.abs(lowest) <= largest).all():
-            raise bad("a group's lowest element is no number, or too large")
-        if not self.grid.sound(codes):
-            raise bad("a code stands for no number")
         return Parameters(scales, lowest, codes)
 
     def decode(self, of_plane: Parameters, tile: range, floats: Floats) -> None:
@@ -143,6 +151,11 @@ class PlaneGroups:
         for run in runs:
             for page in pieces(run, page_tokens or self.tokens, whole=True):
                 yield from pieces(page, step, whole=False)
+
+    @cached_property
+    def _scale_bits_max(self) -> int:
+        # No group spans more than twice the largest magnitude; and with this no sum overflows.
+        return int(np.float32(2.5 * self.elements.largest / self.grid.largest).view(np.uint32)) >> 16
 
     def _extremes(self, floats: Floats) -> tuple[Floats, Floats]:
         """Each group's lowest and highest element, in the order of groups."""
@@ -171,7 +184,7 @@ class PlaneGroups:
             self.elements.store(lowest.copy(), np.empty(len(lowest), np.uint32), words)
 
     def _split(self, stored: memoryview) -> tuple[NDArray[np.uint16], NDArray[Any], Codes]:
-        ends = list(itertools.accumulate((self.groups * _SCALE.itemsize, self.lowest_bytes)))
+        ends = list(itertools.accumulate((self.scale_bytes, self.lowest_bytes)))
         scales = np.frombuffer(stored[: ends[0]], _SCALE)
         lowest = np.frombuffer(stored[ends[0] : ends[1]], self.elements.word)
         codes = np.frombuffer(stored[ends[1] : self.stored_bytes], np.uint8)

@@ -1,9 +1,9 @@
 """Which codecs there are, how settings name them, and which one decodes what a header names.
 
 A codec string is `none`, a byte codec such as `zstd:3`, `planes+` and a byte codec, or a tensor codec
-such as `int8`, alone or with `+` and a byte codec. Byte codecs are those of this package and those that
-other packages offer by an entry point of the group `kvstore.codecs`, which loads to a `CodecFamily` of
-the entry point's name.
+such as `int8`, alone or with `+` and a byte codec. Codecs are those of this package and those that other
+packages offer by an entry point of the group `kvstore.codecs`, which loads to a `CodecFamily` or, for tensor
+codecs, a `TensorFamily` of the entry point's name.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import NamedTuple
 
-from kvstore.codecs.contract import ByteCodec, CodecFamily, Decoder
+from kvstore.codecs.contract import ByteCodec, CodecFamily, Decoder, TensorCodec, TensorFamily
 from kvstore.codecs.lz4 import LZ4
 from kvstore.codecs.tensor_bytes import EncodedTensorCodec
-from kvstore.codecs.tensor_families import TENSOR_FAMILIES, tensor_codec
+from kvstore.codecs.tensor_families import FP8, INT4, INT8
 from kvstore.codecs.zstd import ZSTD
 from kvstore.errors import MisconfiguredError, MissError, MissReason
 from kvstore.layout import ChunkForm
@@ -30,9 +30,10 @@ LOSSLESS = "lossless"
 _LEVEL = re.compile(r"-?[0-9]{1,10}\Z")
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,31}\Z")
 _PLANES_OF = re.compile(r"planes([124])\+([a-z0-9_]+)\Z")
-_FAMILIES = {family.name: family for family in (LZ4, ZSTD)}
+_Family = CodecFamily | TensorFamily
+_FAMILIES: dict[str, _Family] = {family.name: family for family in (LZ4, ZSTD, INT8, INT4, FP8)}
 # By the name in headers; others join when a header or a setting first names them.
-_DECODERS: dict[str, ByteCodec] = {name: family.make(None) for name, family in _FAMILIES.items()}
+_DECODERS: dict[str, ByteCodec] = {family.name: family.make(None) for family in (LZ4, ZSTD)}
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class CodecRow:
 
     codec     what a setting says
     takes     what may follow it
-    fidelity  `lossless`: every bit comes back. A lossy codec's own name would stand here, and in
-              the namespace of what is stored with it
+    fidelity  `lossless`: every bit comes back; of a lossy codec its own name, which is also in the
+              namespace of what is stored with it; empty for a codec that cannot be used
     origin    the distribution it comes from
     """
 
@@ -68,7 +69,7 @@ def split_codec(text: str) -> CodecParts:
     """Take a codec string apart. Raises MisconfiguredError for one that is unknown or malformed."""
     first, plus, rest = text.partition("+")
     name, colon, group = first.partition(":")
-    family = TENSOR_FAMILIES.get(name)
+    family = _tensor_family(name)
     if family is None:
         parse_codec(text)
         return CodecParts(None, text)
@@ -116,7 +117,7 @@ def decoder(name: str, form: ChunkForm | None = None) -> Decoder:
         tensor, plus, inner = name.partition("+")
         if tensor_name(name) is not None and form is not None:
             codec = tensor_codec(tensor, form)
-            return EncodedTensorCodec(codec, _family(inner).make(None)) if plus else codec
+            return EncodedTensorCodec(codec, _byte_family(inner).make(None)) if plus else codec
         made = _DECODERS[name] = _make_decoder(name)
     except (KeyError, MisconfiguredError) as error:
         why = f"; {error}" if isinstance(error, MisconfiguredError) else ""
@@ -130,35 +131,67 @@ def decoder(name: str, form: ChunkForm | None = None) -> Decoder:
 def tensor_name(name: str) -> str | None:
     """The tensor codec in a name of a header; None: every bit is kept."""
     tensor = name.partition("+")[0]
-    return tensor if tensor.partition(":")[0] in TENSOR_FAMILIES else None
+    try:
+        return tensor if _tensor_family(tensor.partition(":")[0]) else None
+    except MisconfiguredError:
+        # `decoder` says why it cannot be used.
+        return None
+
+
+@lru_cache(maxsize=64)
+def tensor_codec(full_name: str, form: ChunkForm) -> TensorCodec:
+    """The tensor codec that headers name so, for sections of `form`.
+
+    Raises KeyError for an unknown name, and MisconfiguredError for a form that it is not for.
+    """
+    name, colon, group = full_name.partition(":")
+    family = _tensor_family(name)
+    try:
+        known = family is not None and full_name == family.full_name(group if colon else None)
+    except ValueError:
+        known = False
+    if family is None or not known:
+        raise KeyError(full_name)
+    codec = family.make(int(group) if colon else None, form)
+    if codec.name != full_name:
+        raise MisconfiguredError(
+            f"codec {full_name!r} names itself {codec.name!r}, which no reader would find"
+        )
+    if codec.stored_bytes(0) >= form.section_bytes:
+        raise MisconfiguredError(
+            f"{full_name} does not shrink layers of {form.layout}: too few elements share a scale; "
+            "set KVSTORE_CHUNK_TOKENS to more, or KVSTORE_CODEC to planes+zstd"
+        )
+    return codec
 
 
 def known_codecs() -> Iterator[CodecRow]:
     """Every codec that a setting can name. One that another package offers and that fails says why."""
     yield CodecRow(RAW, "", LOSSLESS, "sections are stored as they are", "kvstore")
-    for family in _FAMILIES.values():
-        yield CodecRow(family.name, family.takes, LOSSLESS, family.about, "kvstore")
     about = "for floats: bytes that compress apart from those that do not; alone it means planes+zstd"
     yield CodecRow(PLANES, "+CODEC, one of the others", LOSSLESS, about, "kvstore")
-    for tensors in TENSOR_FAMILIES.values():
-        yield CodecRow(tensors.name, tensors.takes, tensors.full_name(None), tensors.about, "kvstore")
+    for family in _FAMILIES.values():
+        yield _row(family, "kvstore")
     for name, entry in _offered().items():
         origin = entry.dist.name if entry.dist else "unknown"
         try:
-            family = _load(name)
+            yield _row(_load(name), origin)
         except MisconfiguredError as error:
-            yield CodecRow(name, "", LOSSLESS, f"cannot be used: {error}", origin)
-        else:
-            yield CodecRow(name, family.takes, LOSSLESS, family.about, origin)
+            yield CodecRow(name, "", "", f"cannot be used: {error}", origin)
+
+
+def _row(family: _Family, origin: str) -> CodecRow:
+    fidelity = family.full_name(None) if isinstance(family, TensorFamily) else LOSSLESS
+    return CodecRow(family.name, family.takes, fidelity, family.about, origin)
 
 
 def _parse_family(part: str, whole: str | None = None) -> ByteCodec:
     text = part if whole is None else whole
     name, colon, level = part.partition(":")
-    if name in TENSOR_FAMILIES:
+    if _tensor_family(name) is not None:
         raise MisconfiguredError(f"codec {text!r}: {name} changes numbers, no bytes; known: {_known()}")
     try:
-        family = _family(name)
+        family = _byte_family(name)
     except KeyError:
         raise MisconfiguredError(f"codec {text!r} is unknown; known: {_known()}") from None
     if colon and not family.takes:
@@ -171,15 +204,15 @@ def _parse_family(part: str, whole: str | None = None) -> ByteCodec:
 def _without_search(part: str, searching: ByteCodec) -> ByteCodec:
     """The codec for bytes that hardly repeat: another one only where no level is set."""
     name, colon, _ = part.partition(":")
-    bare = _family(name).bare
+    bare = _byte_family(name).bare
     return searching if colon or bare is None else bare()
 
 
 def _make_decoder(name: str) -> ByteCodec:
     split = _PLANES_OF.match(name)
     if split is None:
-        return _family(name).make(None)
-    return _planes(_family(split[2]).make(None), int(split[1]))
+        return _byte_family(name).make(None)
+    return _planes(_byte_family(split[2]).make(None), int(split[1]))
 
 
 def _planes(
@@ -191,21 +224,35 @@ def _planes(
     return PlanesCodec(inner, item_bytes, searching=searching, row_bytes=row_bytes)
 
 
-def _family(name: str) -> CodecFamily:
+def _byte_family(name: str) -> CodecFamily:
     """Raises KeyError where there is none, MisconfiguredError for one that does not load."""
-    return _FAMILIES[name] if name in _FAMILIES else _load(name)
+    family = _family(name)
+    if not isinstance(family, CodecFamily):
+        raise KeyError(name)
+    return family
+
+
+def _tensor_family(name: str) -> TensorFamily | None:
+    """None where there is none. Raises MisconfiguredError for one that does not load."""
+    family = _family(name)
+    return family if isinstance(family, TensorFamily) else None
+
+
+def _family(name: str) -> _Family | None:
+    family = _FAMILIES.get(name)
+    return _load(name) if family is None and name in _offered() else family
 
 
 @cache
 def _offered() -> dict[str, EntryPoint]:
     """Codecs of other packages by name; none of them takes the place of one of ours."""
-    ours = {RAW, PLANES, *_FAMILIES, *TENSOR_FAMILIES}
+    ours = {RAW, PLANES, *_FAMILIES}
     found = sorted(entry_points(group=GROUP), key=lambda entry: entry.name)
     return {entry.name: entry for entry in found if entry.name not in ours and _NAME.match(entry.name)}
 
 
 @cache
-def _load(name: str) -> CodecFamily:
+def _load(name: str) -> _Family:
     entry = _offered()[name]
     try:
         family = entry.load()
@@ -213,9 +260,11 @@ def _load(name: str) -> CodecFamily:
         # Foreign code: whatever it raises, the codec cannot be used.
         raise MisconfiguredError(f"codec {name!r} ({entry.value}) does not load: {error!r}") from None
     # Headers name the codec by its own name, and readers find it by the entry point's.
-    if not isinstance(family, CodecFamily) or not name == family.name == family.make(None).name:
-        raise MisconfiguredError(f"codec {name!r} ({entry.value}) is no CodecFamily of that name")
-    return family
+    if isinstance(family, TensorFamily) and family.name == name:
+        return family
+    if isinstance(family, CodecFamily) and name == family.name == family.make(None).name:
+        return family
+    raise MisconfiguredError(f"codec {name!r} ({entry.value}) is no CodecFamily or TensorFamily of that name")
 
 
 def _names() -> list[str]:
@@ -224,6 +273,10 @@ def _names() -> list[str]:
 
 def _known() -> str:
     """The codec strings there are, without loading what other packages offer."""
-    texts = (f"{name}[:LEVEL]" if name in _FAMILIES and _FAMILIES[name].takes else name for name in _names())
-    tensors = (f"{name}[:GROUP]" if family.groups else name for name, family in TENSOR_FAMILIES.items())
-    return ", ".join([RAW, *texts, *(f"{name}[+CODEC]" for name in (PLANES, *tensors))])
+    texts, tensors = [], []
+    for name, family in _FAMILIES.items():
+        if isinstance(family, TensorFamily):
+            tensors.append(f"{name}[:GROUP][+CODEC]" if family.groups else f"{name}[+CODEC]")
+        else:
+            texts.append(f"{name}[:LEVEL]" if family.takes else name)
+    return ", ".join([RAW, *texts, *_offered(), f"{PLANES}[+CODEC]", *tensors])

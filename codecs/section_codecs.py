@@ -7,10 +7,19 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from kvstore.codecs.contract import ByteCodec, Decoder, TensorCodec
-from kvstore.codecs.registry import LOSSLESS, PLANES, RAW, decoder, parse_codec, split_codec, tensor_name
+from kvstore.codecs.registry import (
+    LOSSLESS,
+    PLANES,
+    RAW,
+    decoder,
+    parse_codec,
+    split_codec,
+    tensor_codec,
+    tensor_name,
+)
 from kvstore.codecs.scratch import Scratch
 from kvstore.codecs.tensor_bytes import EncodedTensorCodec
-from kvstore.codecs.tensor_families import SINK_TOKENS, tensor_codec
+from kvstore.codecs.tensor_families import SINK_TOKENS
 from kvstore.errors import MisconfiguredError, MissError, MissReason
 from kvstore.layout import ChunkForm
 
@@ -36,31 +45,36 @@ class SectionCodecs:
 
     text             a codec string
     lossless_layers  what KVSTORE_LOSSLESS_LAYERS says, such as `0,-1`; of no effect on lossless codecs
+    keep_quantized   whether `decode` leaves what the tensor codec wrote to whoever takes the section
     names            the codecs that sections may have, as headers name them
     fidelity         for namespaces: `lossless`, or the tensor codec and what it leaves alone
+    tensor           the tensor codec; None: every bit is kept
 
     Raises MisconfiguredError for a codec that is unknown or not for this form, and for layers that are
     not there.
     """
 
-    def __init__(self, text: str, form: ChunkForm, lossless_layers: str = "") -> None:
+    def __init__(
+        self, text: str, form: ChunkForm, lossless_layers: str = "", *, keep_quantized: bool = False
+    ) -> None:
         parts = split_codec(text)
         self._form = form
         self._scratch = Scratch()
         self._tensor_name = parts.tensor
-        self._tensor = None if parts.tensor is None else _tensor_codec(text, parts.tensor, form)
+        self.tensor = None if parts.tensor is None else _tensor_codec(text, parts.tensor, form)
+        self._keep_quantized = keep_quantized
         self._packed: EncodedTensorCodec | None = None
         self._lossless = self._lossless_codec(parts.bytes_)
         names = [] if self._lossless is None else [self._lossless.name]
         self.fidelity = LOSSLESS
         self._layers: frozenset[int] = frozenset()
-        if self._tensor is not None:
-            names.insert(0, self._tensor.name)
+        if self.tensor is not None:
+            names.insert(0, self.tensor.name)
             if parts.bytes_ != RAW:
-                self._packed = EncodedTensorCodec(self._tensor, _byte_codec(parts.bytes_))
+                self._packed = EncodedTensorCodec(self.tensor, _byte_codec(parts.bytes_))
                 names.insert(1, self._packed.name)
             self._layers = frozenset(_layer_indices(lossless_layers, form.layers))
-            self.fidelity = _fidelity(self._tensor.name, sorted(self._layers))
+            self.fidelity = _fidelity(self.tensor.name, sorted(self._layers))
         self.names: Sequence[str] = tuple(names)
 
     def encode(self, host: memoryview, out: memoryview, *, layer: int, depth: int) -> EncodedSection:
@@ -69,19 +83,53 @@ class SectionCodecs:
         out    shorter than the section: what does not fit is stored as it is
         depth  chunks before this one in its prefix; attention sinks are in the first
         """
-        sinks = 0 if depth else SINK_TOKENS
-        if self._tensor is None or layer in self._layers or not self._fits(sinks, out):
+        sinks = self.lossless_tokens(layer, depth)
+        if self.tensor is None or sinks is None or self.tensor.stored_bytes(sinks) > len(out):
             return self._encode_lossless(host, out)
-        length = self._tensor.encode(host, out, sinks)
+        room = out if self._packed is None else self._scratch.take(self.tensor.stored_bytes(sinks))
+        length = self.tensor.encode(host, room, sinks)
         if length is None:
             return self._encode_lossless(host, out)._replace(unquantized=True)
+        section = self.pack(room[:length], out)
+        if section.codec == 0 and self._packed is not None:
+            out[:length] = room[:length]
+        return section
+
+    def pack(self, quantized: memoryview, out: memoryview) -> EncodedSection:
+        """Encode what the tensor codec wrote into the start of `out`.
+
+        Its index 0: it is to be stored as it is, and nothing of use is in `out`.
+        """
+        packed_bytes = None
         if self._packed is not None:
-            packed = self._scratch.take(length - 1)
-            packed_bytes = self._packed.encode(out[:length], packed)
-            if packed_bytes is not None:
-                out[:packed_bytes] = packed[:packed_bytes]
-                return EncodedSection(1, packed_bytes)
-        return EncodedSection(0, length)
+            packed_bytes = self._packed.encode(quantized, out[: len(quantized) - 1])
+        return EncodedSection(0, len(quantized)) if packed_bytes is None else EncodedSection(1, packed_bytes)
+
+    def lossless_tokens(self, layer: int, depth: int) -> int | None:
+        """How many tokens at the front of a section keep every bit; None: all of them."""
+        sinks = 0 if depth else SINK_TOKENS
+        quantized = self.tensor is not None and layer not in self._layers
+        return sinks if quantized and sinks < self._form.layout.chunk_tokens else None
+
+    def decode(self, name: str, stored: memoryview, host: memoryview) -> int:
+        """Decode a section whose header says `name` into `host`; returns how many bytes of it are filled.
+
+        All, with host form, but where quantized ones are kept: then fewer, with what the tensor codec wrote.
+        Raises MissError as `decoder` and its codec do.
+        """
+        codec = self.decoder(name)
+        if not self._keep_quantized or self.tensor is None or tensor_name(name) is None:
+            codec.decode(stored, host)
+            return len(host)
+        # One byte less, as a quantized section is known by its length.
+        room = host[: len(host) - 1]
+        if isinstance(codec, EncodedTensorCodec):
+            quantized = codec.unpack(stored, room)
+        else:
+            quantized = room[: len(stored)]
+            quantized[:] = stored[: len(quantized)]
+        self.tensor.check([quantized])
+        return len(quantized)
 
     def decoder(self, name: str) -> Decoder:
         """The codec that decodes sections whose header says `name`.
@@ -94,11 +142,6 @@ class SectionCodecs:
                 MissReason.BAD_HEADER, f"has a section of codec {name[:40]!r} where all is {self.fidelity!r}"
             )
         return decoder(name, self._form)
-
-    def _fits(self, sinks: int, out: memoryview) -> bool:
-        assert self._tensor is not None
-        few = sinks < self._form.layout.chunk_tokens
-        return few and self._tensor.stored_bytes(sinks) <= len(out)
 
     def _encode_lossless(self, host: memoryview, out: memoryview) -> EncodedSection:
         length = None if self._lossless is None else self._lossless.encode(host, out)

@@ -29,11 +29,21 @@ class EncodedTensorCodec:
 
     def decode(self, stored: memoryview, out: memoryview) -> None:
         """See ByteCodec.decode."""
-        lossless_tokens = int.from_bytes(stored[:_FRONT_BYTES], "little")
-        quantized_bytes = self._tensor.stored_bytes(lossless_tokens)
-        if len(stored) <= _FRONT_BYTES:
-            raise MissError(MissReason.BAD_ENCODING, f"{self.name}: {len(stored)} bytes are too few")
-        quantized = _scratch.take(quantized_bytes)
+        quantized = _scratch.take(self._quantized_bytes(stored))
+        self.unpack(stored, quantized)
+        self._tensor.decode(quantized, out)
+
+    def unpack(self, stored: memoryview, out: memoryview) -> memoryview:
+        """Fill the start of `out` with what `tensor` wrote, and return it.
+
+        Raises MissError(BAD_ENCODING) as `decode` does, and if it is longer than `out`.
+        """
+        quantized = out[: self._quantized_bytes(stored)]
         quantized[:_FRONT_BYTES] = stored[:_FRONT_BYTES]
         self._inner.decode(stored[_FRONT_BYTES:], quantized[_FRONT_BYTES:])
-        self._tensor.decode(quantized, out)
+        return quantized
+
+    def _quantized_bytes(self, stored: memoryview) -> int:
+        if len(stored) <= _FRONT_BYTES:
+            raise MissError(MissReason.BAD_ENCODING, f"{self.name}: {len(stored)} bytes are too few")
+        return self._tensor.stored_bytes(int.from_bytes(stored[:_FRONT_BYTES], "little"))

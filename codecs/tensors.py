@@ -18,7 +18,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +41,16 @@ class PlaneRule:
     group: int | None = None
 
 
+class PlaneParts(NamedTuple):
+    """Where the parts of one plane begin in a quantized section, and where the last one ends, in bytes."""
+
+    lossless: int
+    scales: int
+    lowest: int
+    codes: int
+    end: int
+
+
 class QuantizedCodec:
     """A tensor codec for sections of one form. Stateless, for any number of threads.
 
@@ -55,40 +65,65 @@ class QuantizedCodec:
         self._elements = ELEMENTS[layout.dtype]
         self._rules = tuple(zip((keys, values), dims, strict=True))
         self._scratch = Scratch()
-        self._planes = lru_cache(maxsize=8)(self._planes_after)
+        self._planes_after = lru_cache(maxsize=8)(self._make_planes)
+        self._parts_after = lru_cache(maxsize=8)(self._make_parts)
+
+    def planes(self, lossless_tokens: int) -> Sequence[PlaneGroups]:
+        """How keys and values are quantized behind so many lossless tokens.
+
+        Raises MissError(BAD_ENCODING) for more tokens than a chunk has.
+        """
+        return self._planes_after(lossless_tokens)
+
+    def parts(self, lossless_tokens: int) -> Sequence[PlaneParts]:
+        """Where each of `planes` lies in a section."""
+        return self._parts_after(lossless_tokens)
 
     def stored_bytes(self, lossless_tokens: int) -> int:
         """See TensorCodec.stored_bytes."""
-        return _FIRST.size + sum(self._plane_bytes(plane) for plane in self._planes(lossless_tokens))
+        return self.parts(lossless_tokens)[-1].end
 
     def encode(self, host: memoryview, out: memoryview, lossless_tokens: int) -> int | None:
         """See TensorCodec.encode."""
+        planes, parts = self.planes(lossless_tokens), self.parts(lossless_tokens)
         _FIRST.pack_into(out, 0, lossless_tokens)
-        start = _FIRST.size
-        for plane, own in zip(self._planes(lossless_tokens), self._views(host), strict=True):
-            exact = self._exact(plane, out[start:])
+        for plane, part, own in zip(planes, parts, self._views(host), strict=True):
+            lossless = self._lossless(plane, out[part.lossless : part.scales])
             for tile in own.pieces(range(plane.first)):
-                exact[tile.start : tile.stop] = own.tokens(tile)
-            stored = out[start + exact.nbytes : start + self._plane_bytes(plane)]
-            if not self._encode_plane(plane, own, stored):
+                lossless[tile.start : tile.stop] = own.tokens(tile)
+            if not self._encode_plane(plane, own, out[part.scales : part.end]):
                 return None
-            start += self._plane_bytes(plane)
-        return start
+        return parts[-1].end
+
+    def check(self, sections: Sequence[memoryview]) -> None:
+        """See TensorCodec.check."""
+        alike: dict[int, list[memoryview]] = {}
+        for stored in sections:
+            if len(stored) < _FIRST.size:
+                raise bad(f"{len(stored)} bytes are too few")
+            alike.setdefault(_FIRST.unpack_from(stored)[0], []).append(stored)
+        for first, some in alike.items():
+            due = self.stored_bytes(first)
+            for length in map(len, some):
+                if length != due:
+                    raise bad(f"{length} bytes are not what {first} lossless tokens make")
+            for plane, part in zip(self.planes(first), self.parts(first), strict=True):
+                plane.check(
+                    # Of all sections at once: one call of numpy for each would cost more than its work.
+                    b"".join(stored[part.scales : part.lowest] for stored in some),
+                    b"".join(stored[part.lowest : part.codes] for stored in some),
+                    (stored[part.codes : part.end] for stored in some),
+                )
 
     def decode(self, stored: memoryview, out: memoryview) -> None:
         """See TensorCodec.decode."""
-        if len(stored) < _FIRST.size:
-            raise bad(f"{len(stored)} bytes are too few")
-        planes = self._planes(_FIRST.unpack_from(stored)[0])
-        if len(stored) != _FIRST.size + sum(map(self._plane_bytes, planes)):
-            raise bad(f"{len(stored)} bytes are not what {planes[0].first} lossless tokens make")
-        start = _FIRST.size
-        for plane, own in zip(planes, self._views(out), strict=True):
-            exact = self._exact(plane, stored[start:])
-            self._decode_plane(plane, own, stored[start + exact.nbytes : start + self._plane_bytes(plane)])
-            for tile in own.pieces(range(plane.first)):
-                own.tokens(tile)[:] = exact[tile.start : tile.stop]
-            start += self._plane_bytes(plane)
+        self.check([stored])
+        first = _FIRST.unpack_from(stored)[0]
+        for plane, part, own in zip(self.planes(first), self.parts(first), self._views(out), strict=True):
+            self._decode_plane(plane, own, stored[part.scales : part.end])
+            lossless = self._lossless(plane, stored[part.lossless : part.scales])
+            for tile in own.pieces(range(first)):
+                own.tokens(tile)[:] = lossless[tile.start : tile.stop]
 
     def _encode_plane(self, plane: PlaneGroups, own: _PlaneView, stored: memoryview) -> bool:
         count = plane.rows * plane.row
@@ -109,7 +144,7 @@ class QuantizedCodec:
             plane.decode(parameters, tile, floats)
             self._elements.store(floats, spare, own.tokens(tile))
 
-    def _planes_after(self, lossless_tokens: int) -> Sequence[PlaneGroups]:
+    def _make_planes(self, lossless_tokens: int) -> Sequence[PlaneGroups]:
         layout, heads = self._form.layout, self._form.shard.heads
         if lossless_tokens > layout.chunk_tokens:
             raise bad(f"{lossless_tokens} lossless tokens in a chunk of {layout.chunk_tokens}")
@@ -127,15 +162,19 @@ class QuantizedCodec:
             for rule, dim in self._rules
         ]
 
-    def _plane_bytes(self, plane: PlaneGroups) -> int:
-        return plane.first * plane.row * self._elements.word.itemsize + plane.stored_bytes
+    def _make_parts(self, lossless_tokens: int) -> Sequence[PlaneParts]:
+        parts, start = [], _FIRST.size
+        for plane in self.planes(lossless_tokens):
+            scales = start + plane.first * plane.row * self._elements.word.itemsize
+            lowest = scales + plane.scale_bytes
+            end = scales + plane.stored_bytes
+            parts.append(PlaneParts(start, scales, lowest, lowest + plane.lowest_bytes, end))
+            start = end
+        return parts
 
-    def _exact(self, plane: PlaneGroups, memory: memoryview) -> NDArray[Any]:
-        """The lossless tokens, which `memory` begins with."""
-        length = plane.first * plane.row * self._elements.word.itemsize
-        return np.frombuffer(memory[:length], self._elements.word).reshape(
-            plane.first, plane.heads, plane.dim
-        )
+    def _lossless(self, plane: PlaneGroups, memory: memoryview) -> NDArray[Any]:
+        """The lossless tokens, which `memory` holds."""
+        return np.frombuffer(memory, self._elements.word).reshape(plane.first, plane.heads, plane.dim)
 
     def _views(self, host: memoryview) -> Sequence[_PlaneView]:
         views, start = [], 0

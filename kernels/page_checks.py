@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import chain
 
 import torch
 
+from kvstore.codecs.contract import TensorCodec
 from kvstore.errors import MisconfiguredError
 from kvstore.layout import ChunkForm
 
@@ -17,15 +19,18 @@ _PLANE_NAMES = ("K", "V")
 class PageChecks:
     """Checks for one `ChunkForm`; each raises MisconfiguredError and names what is wrong.
 
+    codec        of quantized sections, which a scatter then takes
     dtype        of the planes
     page_shapes  shape of one page in each plane, without the leading page axis
     """
 
-    def __init__(self, form: ChunkForm) -> None:
+    def __init__(self, form: ChunkForm, codec: TensorCodec | None = None) -> None:
         self._form = form
+        self._codec = codec
         layout = form.layout
         self.dtype: torch.dtype = torch.uint8 if layout.is_opaque else getattr(torch, str(layout.dtype))
         self.page_shapes = _page_shapes(form)
+        self._bytes_of = lru_cache(maxsize=64)(self._bytes_after)
         # Layer after layer comes with the same ids: what is known of them is kept.
         self._last = PageIds([])
 
@@ -36,11 +41,25 @@ class PageChecks:
         sections: Sequence[memoryview],
     ) -> array[int]:
         """Check a gather's arguments. Returns the page ids, chunk after chunk, as 64-bit integers."""
-        ids = self._check(planes, page_ids, sections)
+        ids = self._check(planes, page_ids, sections, shorter=False)
         for number, section in enumerate(sections):
             if section.readonly:
                 raise MisconfiguredError(f"section {number} is read-only memory: a gather writes to it")
         return ids.flat
+
+    def check_lossless_tokens(
+        self, page_ids: Sequence[Sequence[int]], lossless_tokens: Sequence[int]
+    ) -> TensorCodec:
+        """Check what quantizing takes besides a gather's arguments. Returns the codec."""
+        if self._codec is None:
+            raise MisconfiguredError("this copier was made without a codec: it cannot quantize")
+        if len(lossless_tokens) != len(page_ids):
+            raise MisconfiguredError(f"{len(lossless_tokens)} lossless_tokens for {len(page_ids)} chunks")
+        most = self._form.layout.chunk_tokens
+        for chunk, tokens in enumerate(lossless_tokens):
+            if not 0 <= tokens <= most:
+                raise MisconfiguredError(f"lossless_tokens {tokens} of chunk {chunk}: takes 0 to {most}")
+        return self._codec
 
     def check_scatter(
         self,
@@ -49,7 +68,7 @@ class PageChecks:
         page_ids: Sequence[Sequence[int]],
     ) -> array[int]:
         """Check a scatter's arguments. Returns the page ids, chunk after chunk, as 64-bit integers."""
-        ids = self._check(planes, page_ids, sections)
+        ids = self._check(planes, page_ids, sections, shorter=self._codec is not None)
         for number, plane in enumerate(planes):
             sizes_and_strides = zip(plane.shape, plane.stride(), strict=True)
             if any(size > 1 and stride == 0 for size, stride in sizes_and_strides):
@@ -61,17 +80,31 @@ class PageChecks:
             raise MisconfiguredError(f"page id {ids.twice} is the target of two pages of one scatter")
         return ids.flat
 
+    def kinds_of(self, sections: Sequence[memoryview]) -> tuple[list[int], list[int]]:
+        """Which of the sections, which have been checked, are quantized, and which are not."""
+        kinds: tuple[list[int], list[int]] = ([], [])
+        if self._codec is not None:
+            for chunk, section in enumerate(sections):
+                kinds[not self.is_quantized(section)].append(chunk)
+        return kinds
+
+    def is_quantized(self, section: memoryview) -> bool:
+        """Whether a section that has been checked is quantized."""
+        return section.nbytes < self._form.section_bytes
+
     def _check(
         self,
         planes: Sequence[torch.Tensor],
         page_ids: Sequence[Sequence[int]],
         sections: Sequence[memoryview],
+        *,
+        shorter: bool,
     ) -> PageIds:
         self._check_planes(planes)
         if len(page_ids) != len(sections):
             raise MisconfiguredError(f"{len(page_ids)} lists of page ids for {len(sections)} sections")
         ids = self._checked_ids(page_ids, planes[0].shape[0])
-        self._check_sections(sections)
+        self._check_sections(sections, shorter=shorter)
         return ids
 
     def _check_planes(self, planes: Sequence[torch.Tensor]) -> None:
@@ -121,7 +154,7 @@ class PageChecks:
             )
         return table
 
-    def _check_sections(self, sections: Sequence[memoryview]) -> None:
+    def _check_sections(self, sections: Sequence[memoryview], *, shorter: bool) -> None:
         length = self._form.section_bytes
         for chunk, section in enumerate(sections):
             if not section.c_contiguous or section.format != "B" or section.ndim != 1:
@@ -129,10 +162,22 @@ class PageChecks:
                     f"section {chunk} has format {section.format!r}, shape {section.shape} and strides"
                     f" {section.strides}: needs contiguous bytes, format 'B', one dimension"
                 )
-            if section.nbytes != length:
+            size = section.nbytes
+            if size != length and not (shorter and size == self._quantized_bytes(section)):
                 raise MisconfiguredError(
-                    f"section {chunk} has {section.nbytes} bytes, a section of this layout has {length}"
+                    f"section {chunk} has {size} bytes, a section of this layout has {length}"
+                    f"{', and what the codec wrote has another length' if shorter else ''}"
                 )
+
+    def _quantized_bytes(self, section: memoryview) -> int | None:
+        """What the codec writes for as many lossless tokens as a section says."""
+        return self._bytes_of(int.from_bytes(section[:4], "little"))
+
+    def _bytes_after(self, lossless_tokens: int) -> int | None:
+        if self._codec is None or lossless_tokens > self._form.layout.chunk_tokens:
+            return None
+        length = self._codec.stored_bytes(lossless_tokens)
+        return length if length < self._form.section_bytes else None
 
 
 class PageIds:

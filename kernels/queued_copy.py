@@ -42,3 +42,8 @@ def copying_on(stream: torch.cuda.Stream | None) -> Iterator[Callable[[], Queued
         except BaseException:
             stream.synchronize()
             raise
+
+
+def sent_to(device: torch.device, table: torch.Tensor) -> torch.Tensor:
+    """`table`, of a CPU, on `device`, by a copy queued on the current stream."""
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from kvstore.codecs.contract import TensorCodec
+from kvstore.codecs.scratch import Scratch
 from kvstore.kernels.contract import PageCopier
 from kvstore.kernels.page_checks import PageChecks, writable
 from kvstore.kernels.queued_copy import QueuedCopy, copying_on
@@ -18,13 +20,15 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 class TorchPageCopier(PageCopier):
     """PageCopier in plain torch, for `nhd`, `hnd`, `mla` and `opaque` pages.
 
-    Holds no buffers and no state of a call, so one instance may serve several threads. On a GPU it
-    works on the calling thread's current stream.
+    Holds no state of a call, so one instance may serve several threads. On a GPU it works on the
+    calling thread's current stream. Quantized sections are decoded and encoded by the codec, on the CPU.
     """
 
-    def __init__(self, form: ChunkForm) -> None:
+    def __init__(self, form: ChunkForm, codec: TensorCodec | None = None) -> None:
         self._form = form
-        self._checks = PageChecks(form)
+        self._codec = codec
+        self._checks = PageChecks(form, codec)
+        self._scratch = Scratch()
         self._bits = _BITS[self._checks.dtype.itemsize]
 
     def begin_gather(
@@ -59,6 +63,32 @@ class TorchPageCopier(PageCopier):
             for copy in copies:
                 copy.wait()
 
+    def quantize_layers(
+        self,
+        layers: Sequence[Sequence[torch.Tensor]],
+        page_ids: Sequence[Sequence[int]],
+        sections: Sequence[Sequence[memoryview]],
+        lossless_tokens: Sequence[int],
+    ) -> list[list[int]]:
+        """Copy the same pages of several layers into each one's sections, and encode these."""
+        codec = self._checks.check_lossless_tokens(page_ids, lossless_tokens)
+        self.gather_layers(layers, page_ids, sections)
+        return [
+            [self._encode(codec, *section) for section in zip(of_layer, lossless_tokens, strict=True)]
+            for of_layer in sections
+        ]
+
+    def _encode(self, codec: TensorCodec, section: memoryview, lossless_tokens: int) -> int:
+        """Encode a section in its place; returns the bytes written."""
+        if codec.stored_bytes(lossless_tokens) >= len(section):
+            return len(section)
+        host = self._scratch.take(len(section))
+        host[:] = section
+        length = codec.encode(host, section, lossless_tokens)
+        if length is None:
+            section[:] = host
+        return len(section) if length is None else length
+
     def begin_scatter(
         self,
         sections: Sequence[memoryview],
@@ -70,9 +100,20 @@ class TorchPageCopier(PageCopier):
         # Engines allocate pages in inference mode; outside of it torch refuses to write to those.
         with torch.inference_mode(), copying_on(_current_stream(planes[0].device)) as queued:
             for ids, section in zip(page_ids, sections, strict=True):
-                for plane, host in zip(planes, self._host_planes(section), strict=True):
+                for plane, host in zip(planes, self._host_planes(self._decoded(section)), strict=True):
                     _scatter_pages(plane.view(self._bits), ids, host)
             return queued()
+
+    def _decoded(self, section: memoryview) -> memoryview:
+        """The section in host form, valid until the next one's is asked for: copies to a GPU
+
+        have read memory that is not page-locked when they return.
+        """
+        if self._codec is None or not self._checks.is_quantized(section):
+            return section
+        host = self._scratch.take(self._form.section_bytes)
+        self._codec.decode(section, host)
+        return host
 
     def _host_planes(self, section: memoryview) -> Iterator[torch.Tensor]:
         """Each plane of a section as integers of shape [pages, *page shape], over the same memory."""

@@ -24,15 +24,18 @@ class Slot:
 
     `memory` is contiguous, format B, page-aligned and as long as the arena's slots. It is valid
     until the last reference is released, and its bytes are whatever the last holder left.
+
+    quantized  of sections in it that are as a tensor codec wrote them: the bytes of each, by layer
     """
 
-    __slots__ = ("arena", "index", "memory", "references")
+    __slots__ = ("arena", "index", "memory", "quantized", "references")
 
     def __init__(self, arena: Arena, index: int, memory: memoryview) -> None:
         self.arena = arena
         self.references = 0  # changed by the arena, under its lock
         self.index = index
         self.memory = memory
+        self.quantized: dict[int, int] = {}
 
     @property
     def shared(self) -> bool:
@@ -141,6 +144,7 @@ class Arena:
     def _take(self) -> Slot:
         slot = self._free.pop()
         slot.references = 1
+        slot.quantized.clear()
         return slot
 
     def _serve_waiters(self) -> None:

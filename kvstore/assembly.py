@@ -104,16 +104,22 @@ class Assembly:
 class Assembler:
     """Builds the parts of a store for one chunk form.
 
+    codecs  encode and decode its sections
+
     Raises MisconfiguredError for settings that cannot work, naming them, before any thread starts.
     """
 
-    def __init__(self, form: ChunkForm, settings: Settings, metrics: Metrics) -> None:
+    def __init__(
+        self, form: ChunkForm, settings: Settings, metrics: Metrics, *, keep_quantized: bool
+    ) -> None:
         self._form = form
         self._settings = settings
         self._metrics = metrics
         self._warn = WarnRarely(_log)
         self._limits = FetchLimits()
-        self._codecs = SectionCodecs(settings.codec, form, settings.lossless_layers)
+        self.codecs = SectionCodecs(
+            settings.codec, form, settings.lossless_layers, keep_quantized=keep_quantized
+        )
         self._memory = self._memory_tier()
         with _allocating("KVSTORE_FETCH_CONCURRENCY", settings.fetch_concurrency):
             self._scratch, self._transit = (
@@ -122,14 +128,9 @@ class Assembler:
         with _allocating("KVSTORE_UPLOAD_CONCURRENCY", settings.upload_concurrency):
             # For uploads, for copies to the disk tier or uploads from the journal, and for journaling.
             buffers = 2 * settings.upload_concurrency + JOURNAL_PLACES
-            self._writer = ChunkWriter(form, self._codecs, buffers, metrics.unquantized_sections.inc)
+            self._writer = ChunkWriter(form, self.codecs, buffers, metrics.unquantized_sections.inc)
         self._disk = self._disk_tier()
         self._presence = Presence(settings.presence_ttl_s)
-
-    @property
-    def fidelity(self) -> str:
-        """What the store's namespaces must say of it."""
-        return self._codecs.fidelity
 
     def assemble(self, backend: Backend, loop: EventLoopThread) -> Assembly:
         """The parts, around `backend`, at work on `loop`."""
@@ -217,7 +218,7 @@ class Assembler:
             memory=self._memory,
             disk=None if disk is None else DiskSource(disk, self._disk_reader(disk)),
             presence=self._presence,
-            fetcher=ChunkFetcher(self._form, self._codecs, self._limits, loop, self._scratch, self._transit),
+            fetcher=ChunkFetcher(self._form, self.codecs, self._limits, loop, self._scratch, self._transit),
             backend=RangeReader(
                 "backend",
                 backend.read_into,

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple, Protocol
 
 from kvstore.arena import Arena, Slot
@@ -14,6 +15,7 @@ from kvstore.chunk import ChunkHeader, check_header, decode_header, verify_secti
 from kvstore.codecs.section_codecs import SectionCodecs
 from kvstore.errors import MissError, MissReason
 from kvstore.event_loop import EventLoopThread
+from kvstore.host_form import end_section, section_start
 from kvstore.keys import ChunkKey, object_name
 from kvstore.layout import ChunkForm
 from kvstore.plan import FetchLimits, Priority, Turn, first_read_bytes, layer_groups, missing_groups
@@ -29,6 +31,11 @@ class SlotWindow(NamedTuple):
     def view(self, start: int, stop: int) -> memoryview:
         """Bytes [start, stop) of the raw stored form."""
         return self.slot.memory[start - self.start : stop - self.start]
+
+    def section(self, layer: int, form: ChunkForm) -> memoryview:
+        """A layer that has arrived, in host form or, if the slot says so, quantized."""
+        start = section_start(form, layer)
+        return self.view(start, start + self.slot.quantized.get(layer, form.section_bytes))
 
 
 class FetchTarget(Protocol):
@@ -178,7 +185,9 @@ class ChunkFetcher:
         async with AsyncExitStack() as held:
             async with fetch.reader.place(self._priority(target, layers.start)):
                 # Not before: whoever holds memory must not wait for its turn behind others.
-                window = await held.enter_async_context(self._window(target, self._slot_offset(layers.start)))
+                window = await held.enter_async_context(
+                    self._window(target, section_start(self.form, layers.start))
+                )
                 holder = window.slot if in_place else await held.enter_async_context(self._scratch())
                 stored = window.view(start, stop) if in_place else holder.memory[: stop - start]
                 answer = await self._read(fetch, start, stored)
@@ -198,7 +207,7 @@ class ChunkFetcher:
 
     async def _arrive(self, fetch: _Fetch, part: _Part, window: SlotWindow, *, in_place: bool) -> None:
         """Verify sections, put those that are not in place there, and say that they have come."""
-        await self.loop.work(self._verify, fetch, part, None if in_place else window)
+        await self.loop.work(partial(self._verify, fetch, part, window, in_place=in_place))
         for layers in missing_groups([part.layers], fetch.target.arrived):
             fetch.target.arrive(layers, window)
         self._copy(fetch, part)
@@ -236,35 +245,34 @@ class ChunkFetcher:
         """Whether these sections lie in the object, unencoded, just where they lie in a slot."""
         return header.raw or all(
             header.codec_name(header.sections[layer]) is None
-            and header.extents[layer].start == self._slot_offset(layer)
+            and header.extents[layer].start == section_start(self.form, layer)
             for layer in layers
         )
 
     def _priority(self, target: FetchTarget, layer: int) -> Priority:
         return target.turn.priority(layer, self.form.layers)
 
-    def _slot_offset(self, layer: int) -> int:
-        return self.form.header_bytes + layer * self.form.stride
-
-    def _verify(self, fetch: _Fetch, part: _Part, into: SlotWindow | None) -> None:
-        """Compare checksums. With `into`, what has not arrived is then decoded to its place there."""
+    def _verify(self, fetch: _Fetch, part: _Part, into: SlotWindow, *, in_place: bool) -> None:
+        """Compare checksums. Unless in place, what has not arrived is then decoded to its place in `into`."""
         header = fetch.header
         for layer in part.layers:
             section, extent = header.sections[layer], header.extents[layer]
             data = part.stored[extent.start - part.first_byte : extent.stop - part.first_byte]
             verify_section(section, data)
-            if into is None or fetch.target.arrived[layer]:
+            if fetch.target.arrived[layer]:
                 continue
-            start = self._slot_offset(layer)
-            place = into.view(start, start + self.form.stride)
-            host = place[: self.form.section_bytes]
-            codec = header.codec_name(section)
-            if codec is None:
-                host[:] = data[: section.stored_bytes]
-            else:
-                self.codecs.decoder(codec).decode(data[: section.stored_bytes], host)
-            # The slot may be saved again as it lies; what stood there before may be another's.
-            place[self.form.section_bytes :] = self.form.padding
+            # A read that failed may have brought it in another form.
+            into.slot.quantized.pop(layer, None)
+            if not in_place:
+                self._decode(header.codec_name(section), data[: section.stored_bytes], layer, into)
+
+    def _decode(self, codec: str | None, stored: memoryview, layer: int, into: SlotWindow) -> None:
+        host, filled = into.section(layer, self.form), self.form.section_bytes
+        if codec is None:
+            host[:] = stored
+        else:
+            filled = self.codecs.decode(codec, stored, host)
+        end_section(into.slot, self.form, layer, filled, into.start)
 
 
 @dataclass

@@ -9,6 +9,7 @@ from kvstore.arena import Arena, Slot
 from kvstore.backends.contract import Buffer
 from kvstore.chunk import AS_IS, WRITER_BYTES, ChunkHeader, SectionEntry, checksum, encode_header
 from kvstore.codecs.section_codecs import SectionCodecs
+from kvstore.host_form import section_start
 from kvstore.keys import ChunkKey
 from kvstore.layout import ChunkForm
 
@@ -36,45 +37,50 @@ class ChunkWriter:
 
         The same each time, for one chunk of one time, so that a lost answer is told from another writer's.
         """
-        host = slot.memory[self._form.header_bytes : self._form.raw_bytes]
         sections: list[SectionEntry] = []
         parts: list[Buffer] = []
+        room = buffer.memory
         if not self._codecs.names:
-            sections = [self._as_is(self._extent(host, layer)) for layer in range(self._form.layers)]
-            parts = [host]
+            sections = [self._as_is(self._extent(slot, layer)) for layer in range(self._form.layers)]
+            parts = [slot.memory[self._form.header_bytes : self._form.raw_bytes]]
         else:
-            offset = 0
             for layer in range(self._form.layers):
-                section, extent = self._encode(
-                    self._extent(host, layer), buffer.memory[offset:], layer, key.depth
-                )
+                section, stored, used = self._encode(slot, layer, key.depth, room)
                 sections.append(section)
-                offset += len(extent)
-            parts = [buffer.memory[:offset]]
+                parts.append(stored)
+                room = room[used:]
         return [encode_header(self._header(key, sections, created_s)), *parts]
 
-    def _extent(self, host: memoryview, layer: int) -> memoryview:
-        return host[layer * self._form.stride : (layer + 1) * self._form.stride]
+    def _extent(self, slot: Slot, layer: int) -> memoryview:
+        start = section_start(self._form, layer)
+        return slot.memory[start : start + self._form.stride]
 
     def _as_is(self, extent: memoryview) -> SectionEntry:
         length = self._form.section_bytes
         return SectionEntry(length, length, AS_IS, checksum(extent))
 
     def _encode(
-        self, extent: memoryview, out: memoryview, layer: int, depth: int
-    ) -> tuple[SectionEntry, memoryview]:
-        length = self._form.section_bytes
-        codec, stored_bytes, unquantized = self._codecs.encode(
-            extent[:length], out[: length - 1], layer=layer, depth=depth
-        )
-        if unquantized:
+        self, slot: Slot, layer: int, depth: int, out: memoryview
+    ) -> tuple[SectionEntry, memoryview, int]:
+        """One section: its entry, its stored bytes in the slot or in `out`, and the bytes taken of `out`."""
+        length, extent = self._form.section_bytes, self._extent(slot, layer)
+        room, quantized_bytes = out[: length - 1], slot.quantized.get(layer)
+        if quantized_bytes is None:
+            encoded = self._codecs.encode(extent[:length], room, layer=layer, depth=depth)
+            in_slot = encoded.codec is None
+        else:
+            encoded = self._codecs.pack(extent[:quantized_bytes], room)
+            in_slot = encoded.codec == 0
+        if encoded.unquantized:
             self._on_unquantized()
-        if codec is None:
-            out[: len(extent)] = extent
-            return self._as_is(extent), out[: len(extent)]
-        stored = out[: self._form.padded(stored_bytes)]
-        stored[stored_bytes:] = bytes(len(stored) - stored_bytes)
-        return SectionEntry(stored_bytes, length, AS_IS + 1 + codec, checksum(stored)), stored
+        if encoded.codec is None:
+            return self._as_is(extent), extent, 0
+        stored = (extent if in_slot else out)[: self._form.padded(encoded.stored_bytes)]
+        if not in_slot:
+            stored[encoded.stored_bytes :] = bytes(len(stored) - encoded.stored_bytes)
+        codec = AS_IS + 1 + encoded.codec
+        entry = SectionEntry(encoded.stored_bytes, length, codec, checksum(stored))
+        return entry, stored, 0 if in_slot else len(stored)
 
     def _header(self, key: ChunkKey, sections: Sequence[SectionEntry], created_s: int) -> ChunkHeader:
         return ChunkHeader(

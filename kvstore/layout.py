@@ -222,11 +222,6 @@ class ChunkForm:
         return self.padded(self.section_bytes)
 
     @cached_property
-    def padding(self) -> bytes:
-        """The zeros between one section's end and the next one's start in host form."""
-        return bytes(self.stride - self.section_bytes)
-
-    @cached_property
     def host_bytes(self) -> int:
         """Bytes of the host form, padding included."""
         return self.layers * self.stride

@@ -7,6 +7,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from kvstore.chunk_fetch import SlotWindow
 from kvstore.chunk_flight import ChunkFlight, ChunkFlights
@@ -22,6 +23,9 @@ from kvstore.pages import PageSink
 from kvstore.plan import Turn
 from kvstore.presence import Presence
 from kvstore.warn import BACKEND_TROUBLE, WarnRarely
+
+if TYPE_CHECKING:
+    from kvstore.kernels.contract import QueuedCopy
 
 _log = logging.getLogger("kvstore.read_path")
 _MEMORY = "memory"
@@ -63,8 +67,8 @@ class ChunkLoad:
         self._layers_ready = 0
         self._arrived: dict[int, dict[int, _HeldLayers]] = defaultdict(dict)
         self._news = asyncio.Event()
-        # Memory that the sink may be reading yet, and flights that end because nobody waits for them.
-        self._unwanted: list[_HeldLayers] = []
+        # What the sink is at work on, and flights that end because nobody waits for them.
+        self._batches: list[_Batch] = []
         self._ending: list[asyncio.Task[None]] = []
 
     async def run(self, timeout_s: float) -> None:
@@ -105,11 +109,8 @@ class ChunkLoad:
         while self._wanted:
             await self._news.wait()
             self._news.clear()
-            while self._arrived:
-                layer = min(self._arrived)
-                await self._scatter(layer, self._arrived.pop(layer))
-                self._release_unwanted()
-            self._release_unwanted()
+            while self._arrived or self._batches:
+                await self._copy_on()
         used = self._keys[: self._limit]
         self._path.memory.touch(used)
         if self._path.disk is not None:
@@ -133,36 +134,47 @@ class ChunkLoad:
             self._arrived[layer][index] = held
         self._news.set()
 
-    async def _scatter(self, layer: int, batch: dict[int, _HeldLayers]) -> None:
-        form = self._path.form
-        start = form.header_bytes + layer * form.stride
-        indices = sorted(index for index in batch if index < self._limit)
-        sections = [batch[index].window.view(start, start + form.section_bytes) for index in indices]
-        if not indices:
+    async def _copy_on(self) -> None:
+        """Have the sink begin with the lowest layer that is here, and end what it began before that."""
+        earlier, batch = tuple(self._batches), self._next_batch()
+        if batch is not None:
+            self._batches.append(batch)
+        if self._batches:
+            await self._path.loop.call_engine(self._call_sink, batch, earlier)
+        for done in [one for one in self._batches if one.copy is None]:
+            self._batches.remove(done)
+            self._settle(done)
+
+    def _next_batch(self) -> _Batch | None:
+        if not self._arrived:
+            return None
+        layer = min(self._arrived)
+        arrived = self._arrived.pop(layer)
+        held = {index: arrived[index] for index in sorted(arrived) if index < self._limit}
+        return _Batch(layer, held) if held else None
+
+    def _call_sink(self, batch: _Batch | None, earlier: Sequence[_Batch]) -> None:
+        """Begin `batch` first, so that its copy follows those before it closely, then wait for them."""
+        if batch is not None:
+            batch.begin(self._sink, self._path.form)
+        for other in earlier:
+            other.end()
+
+    def _settle(self, batch: _Batch) -> None:
+        """The sink is done with a batch."""
+        batch.release()
+        if batch.error is not None:
+            self.miss(min(batch.held), MissReason.SINK_FAILED, batch.error)
             return
-        error = await self._path.loop.call_engine(self._call_sink, layer, indices, sections)
-        if error is not None:
-            self.miss(indices[0], MissReason.SINK_FAILED, error)
-            return
-        for index in indices:
+        for index, held in batch.held.items():
             wanted = self._wanted.get(index)
             if wanted is not None:
-                batch[index].release_one()
+                held.release_one()
                 wanted.layers_left -= 1
                 if not wanted.layers_left:
                     self._complete(wanted)
-        self._chunks_left[layer].difference_update(indices)
+        self._chunks_left[batch.layer].difference_update(batch.held)
         self._advance()
-
-    def _call_sink(
-        self, layer: int, indices: Sequence[int], sections: Sequence[memoryview]
-    ) -> BaseException | None:
-        # The engine's code: whatever it raises is a miss, and must not get near the event loop.
-        try:
-            self._sink.scatter(layer, indices, sections)
-        except BaseException as error:
-            return error
-        return None
 
     def _complete(self, wanted: _WantedChunk) -> None:
         tier = _MEMORY if wanted.flight is None else wanted.flight.tier
@@ -170,25 +182,27 @@ class ChunkLoad:
         self._let_go(wanted)
 
     def _let_go(self, wanted: _WantedChunk) -> None:
-        """Wait for a chunk no longer, and give its memory back once no sink reads it."""
+        """Wait for a chunk no longer, and give its memory back."""
         del self._wanted[wanted.index]
         if wanted.flight is not None and not wanted.over:
             ending = self._path.flights.leave(wanted.flight, wanted)
             if ending is not None:
                 self._ending.append(ending)
-        self._unwanted += wanted.holds
+        for held in wanted.holds:
+            held.discard()
         self._news.set()
 
-    def _release_unwanted(self) -> None:
-        unwanted, self._unwanted = self._unwanted, []
-        for held in unwanted:
-            held.discard()
-
     async def _withdraw_all(self) -> None:
-        """See to it that nothing of this load goes on. The sink is not at work any more."""
+        """See to it that nothing of this load goes on. The sink is in no call any more."""
         for wanted in tuple(self._wanted.values()):
             self._let_go(wanted)
-        self._release_unwanted()
+        if self._batches:
+            copying = asyncio.ensure_future(
+                self._path.loop.call_engine(self._call_sink, None, tuple(self._batches))
+            )
+            await to_its_end(copying)
+        for batch in self._batches:
+            batch.release()
         for ending in self._ending:
             await to_its_end(ending)
 
@@ -226,6 +240,47 @@ class ChunkLoad:
             self._fail(index, MissReason.BEHIND_A_MISS)
         for index in self._wanted:
             self._fail(index, why)
+
+
+class _Batch:
+    """One layer of some chunks, in the hands of the sink. Holds their memory until `release`.
+
+    held   by index in the chain
+    copy   the sink's, if it goes on; None before it begins and after it has ended
+    error  what the sink raised
+    """
+
+    def __init__(self, layer: int, held: dict[int, _HeldLayers]) -> None:
+        self.layer = layer
+        self.held = held
+        self.copy: QueuedCopy | None = None
+        self.error: BaseException | None = None
+        for one in held.values():
+            one.window.slot.retain()
+
+    # The engine's code: whatever it raises is a miss, and must not get near the event loop.
+
+    def begin(self, sink: PageSink, form: ChunkForm) -> None:
+        """Give it to the sink."""
+        sections = [one.window.section(self.layer, form) for one in self.held.values()]
+        try:
+            self.copy = sink.scatter(self.layer, list(self.held), sections)
+        except BaseException as error:
+            self.error = error
+
+    def end(self) -> None:
+        """Wait for the sink's copy."""
+        copy, self.copy = self.copy, None
+        try:
+            if copy is not None:
+                copy.wait()
+        except BaseException as error:
+            self.error = error
+
+    def release(self) -> None:
+        """The sink reads it no longer."""
+        for one in self.held.values():
+            one.window.slot.release()
 
 
 class _HeldLayers:

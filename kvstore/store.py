@@ -19,6 +19,7 @@ from kvstore.errors import LayoutMismatchError, MisconfiguredError, StoreClosedE
 from kvstore.event_loop import FORKED, EventLoopThread
 from kvstore.failpoints import Failpoint, reach
 from kvstore.handles import Durability, FlushReport, LoadHandle, LookupResult, SaveHandle, SaveOutcome
+from kvstore.host_form import end_section, section_start
 from kvstore.keys import ChunkKey, PrefixChain
 from kvstore.layout import ChunkForm, KVLayout, Shard
 from kvstore.metrics import Metrics
@@ -38,8 +39,10 @@ ENGINE_TIMEOUT_S = 5.0
 class KVStore:
     """Keeps chunks of one KV layout and shard, for any number of namespaces with that layout.
 
-    fidelity  what namespaces used with this store must say of it, by KVSTORE_CODEC and
-              KVSTORE_LOSSLESS_LAYERS: `lossless`, or the tensor codec and its parameters
+    fidelity        what namespaces used with this store must say of it, by KVSTORE_CODEC and
+                    KVSTORE_LOSSLESS_LAYERS: `lossless`, or the tensor codec and its parameters
+    tensor_codec    rounds what is stored; None: every bit is kept
+    keep_quantized  whether sections come to sinks, and may come from sources, as it wrote them
 
     Thread-safe. Trouble with the backend never raises here: it is a miss or a failed save,
     counted in `metrics` and logged once. What does raise is a caller's or a setting's mistake.
@@ -53,25 +56,32 @@ class KVStore:
         shard: Shard | None = None,
         settings: Settings | None = None,
         backend: Backend | None = None,
+        keep_quantized: bool = False,
     ) -> KVStore:
         """Open a store for `layout`. Returns at once and connects in the background.
 
-        shard     what this rank holds; by default all kv heads
-        settings  by default those of the environment
-        backend   by default the one the settings name; the store closes it
+        shard           what this rank holds; by default all kv heads
+        settings        by default those of the environment
+        backend         by default the one the settings name; the store closes it
+        keep_quantized  whether sinks take sections as the tensor codec wrote them; see kvstore.pages
 
         Raises MisconfiguredError for settings that cannot work, naming them.
         """
         settings = settings or load_settings()
         form = ChunkForm(layout, shard or layout.whole)
-        return cls(form, settings, backend or open_backend(settings))
+        return cls(form, settings, backend or open_backend(settings), keep_quantized=keep_quantized)
 
-    def __init__(self, form: ChunkForm, settings: Settings, backend: Backend) -> None:
+    def __init__(
+        self, form: ChunkForm, settings: Settings, backend: Backend, *, keep_quantized: bool = False
+    ) -> None:
         self.form = form
         self.metrics = Metrics()
         self._settings = settings
-        assembler = Assembler(form, settings, self.metrics)
-        self.fidelity = assembler.fidelity
+        assembler = Assembler(form, settings, self.metrics, keep_quantized=keep_quantized)
+        self._codecs = assembler.codecs
+        self.fidelity = self._codecs.fidelity
+        self.tensor_codec = self._codecs.tensor
+        self.keep_quantized = keep_quantized and self.tensor_codec is not None
         self._loop = EventLoopThread(workers=min(8, (os.cpu_count() or 1) + 2))
         self._parts = assembler.assemble(backend, self._loop)
         self._patience_s = settings.save_timeout_s if settings.when_full == "block" else 0.0
@@ -89,6 +99,13 @@ class KVStore:
     def shard(self) -> Shard:
         """The kv heads this store's chunks hold."""
         return self.form.shard
+
+    def lossless_tokens(self, layer: int, depth: int) -> int | None:
+        """How many tokens at the front of a section `tensor_codec` leaves as they are; None: all of them.
+
+        depth  chunks before this one in its prefix
+        """
+        return self._codecs.lossless_tokens(layer, depth)
 
     def wait_connected(self, timeout_s: float) -> bool:
         """Wait for the backend's first answer; False when there was none or it was a refusal.
@@ -325,10 +342,22 @@ class KVStore:
 
     def _gather(self, slot: Slot, index: int, source: PageSource) -> None:
         form = self.form
-        starts = range(form.header_bytes, form.raw_bytes, form.stride)
-        source.gather(index, [slot.memory[start : start + form.section_bytes] for start in starts])
-        for start in starts:
-            slot.memory[start + form.section_bytes : start + form.stride] = form.padding
+        starts = [section_start(form, layer) for layer in range(form.layers)]
+        sections = [slot.memory[start : start + form.section_bytes] for start in starts]
+        lengths = source.gather(index, sections) or [form.section_bytes] * form.layers
+        for layer, (section, length) in enumerate(zip(sections, lengths, strict=True)):
+            if length < form.section_bytes:
+                self._check_quantized(layer, section[:length])
+            end_section(slot, form, layer, length)
+
+    def _check_quantized(self, layer: int, section: memoryview) -> None:
+        codec = self.tensor_codec if self.keep_quantized else None
+        if codec is None or len(section) != codec.stored_bytes(int.from_bytes(section[:4], "little")):
+            raise MisconfiguredError(
+                f"a source filled {len(section)} bytes of layer {layer}'s section: neither the section's "
+                f"{self.form.section_bytes} nor what KVSTORE_CODEC={self._settings.codec} makes of it, "
+                f"with keep_quantized={self.keep_quantized}"
+            )
 
 
 class _Save:

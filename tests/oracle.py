@@ -80,7 +80,7 @@ def sealed(key: ChunkKey, writer: str) -> bytes:
     assert slot is not None
     host = bytearray()
     for layer in range(FORM.layers):
-        host += content(key, layer, writer) + FORM.padding
+        host += content(key, layer, writer) + bytes(FORM.stride - FORM.section_bytes)
     slot.memory[FORM.header_bytes : FORM.raw_bytes] = host
     chunk_writer = ChunkWriter(FORM, SectionCodecs("none", FORM), 1, lambda: None)
     return b"".join(chunk_writer.seal(key, slot, slot, created_s=1))

@@ -68,8 +68,11 @@ def settings_of(**changes: object) -> Settings:
     return Settings(**(defaults | changes))
 
 
-def store_of(backend: object, layout: KVLayout = LAYOUT, **changes: object) -> KVStore:
-    return KVStore.open(layout, settings=settings_of(**changes), backend=backend)
+def store_of(
+    backend: object, layout: KVLayout = LAYOUT, *, keep_quantized: bool = False, **changes: object
+) -> KVStore:
+    settings = settings_of(**changes)
+    return KVStore.open(layout, settings=settings, backend=backend, keep_quantized=keep_quantized)
 
 
 def section(index: int, layer: int, form: ChunkForm = FORM, text: str = "a") -> bytes:

@@ -71,9 +71,10 @@ def attach(
         layout = _agreed_layout(geometry.layout(store.layout.chunk_tokens), store)
     weights = WeightsWatch(model)
     namespace = model_namespace(model, layout, weights_revision)
-    used = _connected_store(layout, settings) if store is None else store
+    on_gpu = all(device.type == "cuda" for device in geometry.devices)
+    used = _connected_store(layout, settings, on_gpu=on_gpu) if store is None else store
     namespace = dataclasses.replace(namespace, fidelity=used.fidelity)
-    copier = page_copier(used.form, geometry.devices)
+    copier = page_copier(used.form, geometry.devices, used.tensor_codec)
     attached = AttachedModel(model, geometry, weights, namespace, used, copier, WarnRarely(_log))
     return Attachment(attached, owns_store=store is None)
 
@@ -185,9 +186,10 @@ class Attachment:
             _log.warning("generate() went without the store: %s (said once)%s", report.bypass, advice)
 
 
-def _connected_store(layout: KVLayout, settings: Settings | None) -> KVStore:
+def _connected_store(layout: KVLayout, settings: Settings | None, *, on_gpu: bool) -> KVStore:
     """A store that has heard of its backend, where it can: else the first lookups run into their deadline."""
-    store = KVStore.open(layout, settings=settings)
+    # On a CPU the store's own threads dequantize, as many at once as there are.
+    store = KVStore.open(layout, settings=settings, keep_quantized=on_gpu)
     store.wait_connected(_CONNECT_S)
     return store
 

@@ -9,7 +9,9 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from kvstore.engine_adapters.gathering import gather_chunk
 from kvstore.kernels.contract import PageCopier
+from kvstore.store import KVStore
 
 
 class LoadFellShortError(Exception):
@@ -66,13 +68,14 @@ class LoadingLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # a hook of 
 class CacheSource:
     """PageSource over one row of a filled cache."""
 
-    def __init__(self, copier: PageCopier, cache: DynamicCache, row: int, chunk_tokens: int) -> None:
+    def __init__(self, store: KVStore, copier: PageCopier, cache: DynamicCache, row: int) -> None:
+        self._store = store
         self._copier = copier
-        self._layers = [chunk_pages(layer, row, chunk_tokens) for layer in layers_of(cache)]
+        self._layers = [chunk_pages(layer, row, store.layout.chunk_tokens) for layer in layers_of(cache)]
 
-    def gather(self, index: int, sections: Sequence[memoryview]) -> None:
+    def gather(self, index: int, sections: Sequence[memoryview]) -> Sequence[int] | None:
         """See PageSource.gather."""
-        self._copier.gather_layers(self._layers, [[index]], [[section] for section in sections])
+        return gather_chunk(self._store, self._copier, self._layers, [index], depth=index, sections=sections)
 
 
 def chunk_pages(layer: DynamicLayer, row: int, chunk_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -182,7 +182,7 @@ class GenerateCall:
         chain = attached.store.chain(attached.namespace, tokens)
         span = range(min(self._reused_chunks, len(chain)), len(chain))
         if span:
-            source = CacheSource(attached.copier, cache, row, attached.chunk_tokens)
+            source = CacheSource(attached.store, attached.copier, cache, row)
             self._outcomes += attached.store.save(chain, span, source).outcomes().values()
 
     def close(self) -> None:

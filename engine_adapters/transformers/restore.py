@@ -19,7 +19,7 @@ from kvstore.engine_adapters.transformers.cache import (
     plain_layer,
 )
 from kvstore.handles import LoadHandle
-from kvstore.kernels.contract import PageCopier
+from kvstore.kernels.contract import PageCopier, QueuedCopy
 from kvstore.keys import PrefixChain
 
 # By layer, then row: K and V as pages.
@@ -113,12 +113,14 @@ class _RowSink:
         self._streams = streams
         self._row = row
 
-    def scatter(self, layer: int, indices: Sequence[int], sections: Sequence[memoryview]) -> None:
+    def scatter(
+        self, layer: int, indices: Sequence[int], sections: Sequence[memoryview]
+    ) -> QueuedCopy | None:
         """See PageSink.scatter."""
         pages = self._pages[layer][self._row]
         stream = self._streams.get(pages[0].device)
         with torch.cuda.stream(stream) if stream else nullcontext():
-            self._copier.scatter(sections, pages, [[index] for index in indices])
+            return self._copier.begin_scatter(sections, pages, [[index] for index in indices])
 
 
 def _copy_streams(devices: Sequence[torch.device]) -> Streams:

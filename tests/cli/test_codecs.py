@@ -1,5 +1,7 @@
 import json
 
+from offered_codecs import DISTRIBUTION, UPPER_BYTES, offered
+
 
 def test_codecs_are_listed_with_what_they_take_and_guarantee(kvstore):
     ended = kvstore("codecs", "--json")
@@ -16,3 +18,13 @@ def test_codecs_are_listed_with_what_they_take_and_guarantee(kvstore):
 def test_people_see_the_same_codecs_as_programs(kvstore):
     text = kvstore("codecs").stdout
     assert all(name in text for name in ("none", "lz4", "zstd", "planes", "lossless", "general purpose"))
+
+
+def test_codecs_of_other_packages_are_listed_with_where_they_come_from(kvstore, tmp_path):
+    with offered(tmp_path, UPPER_BYTES, {"upper": "UPPER", "gone": "GONE"}):
+        listed = map(json.loads, kvstore("codecs", "--json").stdout.splitlines())
+        rows = {row["codec"]: row for row in listed if row["origin"] == DISTRIBUTION}
+    assert rows.keys() == {"upper", "gone"}
+    assert rows["upper"]["fidelity"] == "upper:2"
+    assert rows["gone"]["fidelity"] == ""
+    assert rows["gone"]["about"].startswith("cannot be used: codec 'gone'")

@@ -408,7 +408,10 @@ def test_a_hanging_write_drops_the_fill_in_time_and_its_room_comes_back(
     limits = replace(LIMITS, in_flight_bytes=COST_BYTES)
 
     async def scenario(tier: DiskTier) -> None:
-        await put_all(tier, [one_chunk(number) for number in range(4)])
+        for number in range(4):
+            assert await put(tier, one_chunk(number))
+            # There is room for one at a time, and it comes back a moment after.
+            await until(lambda: tier._index._in_flight_bytes == 0)
         await settled(tier)
         disk.hang(function, half="writes")
         set_limit(tier, HANG_S)

@@ -1,7 +1,7 @@
 """The quality harness on a tiny model: what it prints, and that it sees what a codec does to KV."""
 
 import json
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from xml.etree import ElementTree as ET
 
@@ -91,12 +91,18 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("quality")
 
 
-@pytest.fixture(scope="module")
-def result(cache):
+@contextmanager
+def zeroing_codec():
     with pytest.MonkeyPatch.context() as patch:
         family = CodecFamily(ZEROING, lambda _: ZeroingCodec(), "for tests")
         patch.setitem(registry._FAMILIES, ZEROING, family)
         patch.setitem(registry._DECODERS, ZEROING, ZeroingCodec())
+        yield
+
+
+@pytest.fixture(scope="module")
+def result(cache):
+    with zeroing_codec():
         return run(cache, "--codecs", *LOSSLESS, ZEROING)
 
 
@@ -173,8 +179,15 @@ def test_the_codecs_benchmark_finds_the_kv_of_the_trained_model(result, cache):
     assert folder is not None
     sections = codecs._read(folder)
     chunks = SMALL["windows"] * 2
-    assert len(sections.hosts) == chunks * SMALL["layers"]
-    assert {len(host) for host in sections.hosts} == {result["layout"]["section_bytes"]}
+    assert len(sections.sections) == chunks * SMALL["layers"]
+    assert {len(one.host) for one in sections.sections} == {result["layout"]["section_bytes"]}
+    assert [one.depth for one in sections.sections] == [0, 1] * (len(sections.sections) // 2)
+
+
+def test_a_byte_codec_that_changes_bits_ends_the_codecs_benchmark(result, cache):
+    arguments = [f"--kv={newest_kv(cache)}", "--rounds=1", "--codecs", ZEROING]
+    with zeroing_codec(), pytest.raises(SystemExit, match="zeroing is not lossless"):
+        codecs.main(arguments)
 
 
 def test_a_folder_that_is_no_model_is_named(tmp_path, cache):

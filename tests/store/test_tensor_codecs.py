@@ -5,67 +5,21 @@ import itertools
 
 import numpy as np
 import pytest
-from samples import PATIENCE_S, ScriptedBackend, name_of, namespace_of
+from number_samples import FORM, LAYOUT, Numbers, chain_of, load, save
+from offered_codecs import UPPER_BYTES, offered
+from samples import ScriptedBackend, name_of
 
 from kvstore.backends.memory import StoredObject
 from kvstore.chunk import decode_header
 from kvstore.codecs.tensor_families import SINK_TOKENS
 from kvstore.errors import MisconfiguredError, MissReason
-from kvstore.handles import Durability, SaveOutcome
-from kvstore.keys import PrefixChain
-from kvstore.layout import ChunkForm, DType, KVLayout
+from kvstore.layout import DType
 from kvstore.store import KVStore
 
-LAYOUT = KVLayout(
-    layers=4,
-    kv_heads=2,
-    head_dim=16,
-    dtype=DType.FLOAT32,
-    page_form="nhd",
-    page_tokens=4,
-    chunk_tokens=16,
-)
-FORM = ChunkForm(LAYOUT, LAYOUT.whole)
 # Of numbers from -4 to 4: half a level (and 2**-7 of it) of 127 or 15 in all; e4m3 is off by 1/16.
 BOUNDS = {"int8": 0.016, "int4:32": 0.27, "fp8": 0.253}
 FIDELITY = {name: f"{name} lossless_tokens={SINK_TOKENS}" for name in BOUNDS}
 TOKEN = 2 * 16
-
-
-class Numbers:
-    """Sections of floats up to 4, or what a test puts in their place; source and sink."""
-
-    def __init__(self, chunks=2):
-        random = np.random.default_rng(4)
-        self.saved = random.uniform(-4, 4, (chunks, LAYOUT.layers, FORM.section_bytes // 4)).astype("<f4")
-        self.loaded = np.full_like(self.saved, np.nan)
-
-    def gather(self, index, sections):
-        for layer, section in enumerate(sections):
-            section[:] = self.saved[index, layer].tobytes()
-
-    def scatter(self, layer, indices, sections):
-        for index, section in zip(indices, sections, strict=True):
-            self.loaded[index, layer] = np.frombuffer(section, "<f4")
-
-    def off(self):
-        """The largest error of each chunk and layer."""
-        with np.errstate(invalid="ignore"):
-            return np.abs(self.saved - self.loaded).max(2)
-
-
-def chain_of(fidelity, chunks=2):
-    namespace = namespace_of(LAYOUT, fidelity=fidelity)
-    return PrefixChain.of(namespace, range(chunks * LAYOUT.chunk_tokens))
-
-
-def save(store, numbers, chain):
-    outcomes = store.save(chain, range(len(chain)), numbers, until=Durability.REMOTE).wait(PATIENCE_S)
-    assert set(outcomes.values()) == {SaveOutcome.STORED}
-
-
-def load(store, numbers, chain):
-    return store.load(chain, range(len(chain)), numbers).wait(PATIENCE_S)
 
 
 def saved_and_loaded(opened, codec, numbers, **settings):
@@ -198,3 +152,33 @@ def test_a_layout_that_cannot_be_quantized_is_refused_when_the_store_opens(opene
     ):
         opened(ScriptedBackend(), layout, codec="int8+zstd")
     assert isinstance(opened(ScriptedBackend(), layout, codec="planes"), KVStore)
+
+
+def test_p5_a_tensor_codec_of_another_package_stores_and_loads_within_its_bound(opened, tmp_path):
+    numbers = Numbers()
+    with offered(tmp_path, UPPER_BYTES, {"upper": "UPPER"}):
+        writer, headers = saved_and_loaded(opened, "upper+zstd", numbers, lossless_layers="1")
+    assert writer.fidelity == f"upper:2 lossless_tokens={SINK_TOKENS} lossless_layers=1"
+    off = numbers.off()
+    assert (off < 4 / 128).all()
+    assert ((off > 0) == [True, False, True, True]).all()
+    names = {header.codec_name(header.sections[0]) for header in headers}
+    assert names <= {"upper:2", "upper:2+zstd"}
+
+
+def test_a_store_without_the_package_of_a_codec_misses_what_another_stored_with_it(
+    opened, tmp_path, monkeypatch
+):
+    # A namespace of another fidelity would not even name the chunk: this is one that a writer got wrong.
+    backend, numbers = ScriptedBackend(), Numbers()
+    reader = opened(backend, LAYOUT, codec="none")
+    chain = chain_of(reader.fidelity)
+    with offered(tmp_path, UPPER_BYTES, {"upper": "UPPER"}):
+        writer = opened(backend, LAYOUT, codec="upper")
+        monkeypatch.setattr(writer, "fidelity", reader.fidelity)
+        save(writer, numbers, chain)
+    result = load(reader, numbers, chain)
+    assert result.chunks == 0
+    assert result.failures[0] is MissReason.UNKNOWN_CODEC
+    assert reader.metrics.value("kvstore_missed_chunks_total", reason=MissReason.UNKNOWN_CODEC) >= 1
+    assert np.isnan(numbers.loaded).all()

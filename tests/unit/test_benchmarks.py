@@ -10,14 +10,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+
+from benchmarks import codecs
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = sorted(
     path.stem for path in ROOT.glob("benchmarks/*.py") if 'prog="make bench' in path.read_text()
 )
 # They need nginx and other libraries, LMCache, a GPU, or vLLM.
-NOT_RUN = {"read_path", "peer_lmcache", "kernels", "vllm"}
+NOT_RUN = {"read_path", "peer_lmcache", "kernels", "gpu_load", "vllm"}
 SMALL = {
     "roundtrip": ["--chunks=1", "--rounds=1", "--backends", "memory", "filesystem"],
     "overhead": ["--chunks=4", "--layers=3", "--rounds=1"],
@@ -47,6 +50,7 @@ FIELDS = {
         "lossless_decode_gbps",
         "codecs",
         "peers",
+        "two_thread_scaling",
     },
     "layerwise": {"machine", "cases"},
     "memory": {"machine", "peak_rss_bytes"},
@@ -61,7 +65,15 @@ FIELDS = {
     },
     "write_path": {"machine", "sizes", "copies_per_byte", "save_call_p99_s", "save_call_full_p99_s"},
 }
-CODEC_FIELDS = {"ratio", "encode_gbps", "decode_gbps", "max_error"}
+CODEC_FIELDS = {
+    "ratio",
+    "encode_gbps",
+    "decode_gbps",
+    "encode_cpu_s_per_gb",
+    "decode_cpu_s_per_gb",
+    "max_error",
+}
+LOSSY = {"int8", "int8+zstd", "int4", "int4+zstd", "fp8", "fp8+zstd"}
 CASES = {
     "roundtrip": {"backend", "codec", "save_gbps", "load_gbps", "save_cpu_s_per_gb", "load_cpu_s_per_gb"},
     "layerwise": {
@@ -120,6 +132,8 @@ def test_a_benchmark_ends_in_one_json_object_with_its_fields(name):
     if name == "write_path":
         # The gather, and the header that is made beside it.
         assert 1.0 <= result["copies_per_byte"] < 1.01
+    if name == "codecs":
+        check_codecs(result)
     if name == "memory":
         assert result["peak_rss_bytes"] < result["loaded_bytes"] == 640 << 20
 
@@ -182,8 +196,32 @@ def test_a_number_that_makes_no_sense_is_told_with_its_option_and_what_it_takes(
     assert said.endswith(f"error: argument --rounds: '{value}' is no whole number of at least 1")
 
 
-def run(name: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", f"benchmarks.{name}", *SMALL[name]]
+def check_codecs(result: dict[str, Any]) -> None:
+    rows = result["codecs"]
+    assert all(row.keys() == CODEC_FIELDS for row in (*rows.values(), *result["peers"].values()))
+    assert rows.keys() > LOSSY
+    assert {name for name, row in rows.items() if row["max_error"] > 0} == LOSSY
+    assert rows["planes+zstd"]["ratio"] == result["lossless_ratio"]
+    assert result["two_thread_scaling"].keys() == {"planes+zstd", "int8", "sha256"}
+
+
+def test_codecs_that_are_not_for_the_kv_that_is_given_are_left_out(tmp_path):
+    np.save(tmp_path / "kv.npy", np.arange(2 * 2 * 16 * 2 * 64, dtype=np.uint8).reshape(2, 2, 16, 2, 64))
+    rows = run("codecs", f"--kv={tmp_path}", "--rounds=1")["codecs"]
+    assert rows
+    assert not LOSSY & rows.keys()
+
+
+def test_kv_files_of_another_shape_are_refused_with_the_shape_that_is_due(tmp_path):
+    np.save(tmp_path / "kv.npy", np.zeros((2, 16, 2, 64), np.float16))
+    with pytest.raises(
+        SystemExit, match=r"kv.npy: needs .* \(sections, 2, tokens, heads, dim\), has \(2, 16"
+    ):
+        codecs.main([f"--kv={tmp_path}"])
+
+
+def run(name: str, *arguments: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", f"benchmarks.{name}", *(arguments or SMALL[name])]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()

@@ -1,10 +1,13 @@
-import sys
+from dataclasses import replace
+from functools import partial
 
 import pytest
+from offered_codecs import DISTRIBUTION, UPPER_BYTES, offered
 
-from kvstore.codecs import registry
-from kvstore.codecs.registry import decoder, known_codecs, parse_codec, split_codec
+from kvstore.codecs.registry import decoder, known_codecs, parse_codec, split_codec, tensor_codec
+from kvstore.codecs.section_codecs import SectionCodecs
 from kvstore.errors import MisconfiguredError, MissError, MissReason
+from kvstore.layout import ChunkForm, DType, KVLayout, Shard
 from kvstore.settings import Settings
 
 PLUGIN = """
@@ -30,35 +33,37 @@ INVERTED = CodecFamily("inverted", Inverted, "every bit the other way round", ta
 OTHER_NAME = INVERTED
 NO_FAMILY = Inverted
 """
-ENTRY_POINTS = """
-[kvstore.codecs]
-inverted = kvstore_test_plugin:INVERTED
-zstd = kvstore_test_plugin:INVERTED
-other_name = kvstore_test_plugin:OTHER_NAME
-no_family = kvstore_test_plugin:NO_FAMILY
-not_there = kvstore_test_plugin:NOT_THERE
-no_module = kvstore_test_plugin_of_nobody:X
-Bad-Name = kvstore_test_plugin:INVERTED
-"""
-BROKEN = ["other_name", "no_family", "not_there", "no_module"]
+ENTRY_POINTS = {
+    "inverted": "INVERTED",
+    "upper": "UPPER",
+    "zstd": "INVERTED",
+    "int8": "UPPER",
+    "other_name": "OTHER_NAME",
+    "other_tensors": "UPPER",
+    "no_family": "NO_FAMILY",
+    "not_there": "NOT_THERE",
+    "no_module": "kvstore_test_plugin_of_nobody:X",
+    "Bad-Name": "INVERTED",
+}
+BROKEN = ["other_name", "other_tensors", "no_family", "not_there", "no_module"]
+FORM = ChunkForm(
+    KVLayout(
+        layers=2,
+        kv_heads=2,
+        head_dim=8,
+        dtype=DType.FLOAT32,
+        page_form="nhd",
+        page_tokens=4,
+        chunk_tokens=16,
+    ),
+    Shard(0, 2),
+)
 
 
 @pytest.fixture
-def plugin(tmp_path, monkeypatch):
-    """Another package that offers codecs, as an installed distribution."""
-    info = tmp_path / "kvstore_test_plugin-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kvstore-test-plugin\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(ENTRY_POINTS)
-    (tmp_path / "kvstore_test_plugin.py").write_text(PLUGIN)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(registry, "_DECODERS", dict(registry._DECODERS))
-    for cached in (registry._offered, registry._load):
-        cached.cache_clear()
-    yield
-    for cached in (registry._offered, registry._load):
-        cached.cache_clear()
-    sys.modules.pop("kvstore_test_plugin", None)
+def plugin(tmp_path):
+    with offered(tmp_path, PLUGIN + UPPER_BYTES, ENTRY_POINTS):
+        yield
 
 
 def test_none_means_no_codec():
@@ -218,16 +223,19 @@ def test_a_codec_of_another_package_can_be_set():
 def test_another_package_cannot_take_the_place_of_a_codec_of_ours():
     assert type(parse_codec("zstd")).__module__ == "kvstore.codecs.zstd"
     assert type(decoder("zstd")).__module__ == "kvstore.codecs.zstd"
+    assert type(tensor_codec("int8", FORM)).__module__ == "kvstore.codecs.tensors"
 
 
 @pytest.mark.usefixtures("plugin")
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_codec_of_another_package_that_fails_is_refused_in_settings_and_a_miss_in_headers(name):
-    with pytest.raises(MisconfiguredError, match=name):
-        parse_codec(name)
-    with pytest.raises(MissError) as error:
-        decoder(name)
-    assert error.value.reason is MissReason.UNKNOWN_CODEC
+    for taken in (parse_codec, split_codec):
+        with pytest.raises(MisconfiguredError, match=name):
+            taken(name)
+    for found in (partial(decoder, form=FORM), SectionCodecs("none", FORM).decoder):
+        with pytest.raises(MissError, match=name) as error:
+            found(name)
+        assert error.value.reason is MissReason.UNKNOWN_CODEC
 
 
 @pytest.mark.usefixtures("plugin")
@@ -237,12 +245,68 @@ def test_an_unknown_codec_is_refused_with_those_of_other_packages_too():
 
 
 @pytest.mark.usefixtures("plugin")
+@pytest.mark.parametrize(
+    ("text", "tensor", "bytes_"),
+    [
+        ("upper", "upper:2", "none"),
+        ("upper:3", "upper:3", "none"),
+        ("upper+zstd:3", "upper:2", "zstd:3"),
+        ("upper:3+inverted", "upper:3", "inverted"),
+    ],
+)
+def test_a_tensor_codec_of_another_package_can_be_set_and_is_the_fidelity(text, tensor, bytes_):
+    assert Settings(codec=text).codec == text
+    assert split_codec(text) == (tensor, bytes_)
+    assert SectionCodecs(text, FORM, "0").fidelity == f"{tensor} lossless_tokens=4 lossless_layers=0"
+
+
+@pytest.mark.usefixtures("plugin")
+@pytest.mark.parametrize("text", ["upper:", "upper:4", "upper:02", "upper+", "upper+int8", "zstd+upper"])
+def test_a_string_that_a_tensor_codec_of_another_package_does_not_take_is_refused(text):
+    with pytest.raises(ValueError, match=r"is unknown|upper takes :GROUP of 2, 3|changes numbers"):
+        Settings(codec=text)
+
+
+@pytest.mark.usefixtures("plugin")
+def test_a_tensor_codec_of_another_package_is_no_byte_codec():
+    for text in ("upper", "planes+upper"):
+        with pytest.raises(MisconfiguredError, match="upper changes numbers"):
+            parse_codec(text)
+
+
+@pytest.mark.usefixtures("plugin")
+def test_a_tensor_codec_of_another_package_refuses_forms_that_it_is_not_for():
+    form = ChunkForm(replace(FORM.layout, dtype=DType.BFLOAT16), FORM.shard)
+    with pytest.raises(MisconfiguredError, match=r"KVSTORE_CODEC=upper: upper is for float32"):
+        SectionCodecs("upper", form)
+
+
+def test_a_tensor_codec_that_readers_would_not_find_by_its_name_is_refused(tmp_path):
+    source = UPPER_BYTES + 'OTHER = TensorFamily("other", UpperBytes, "names itself otherwise")'
+    with (
+        offered(tmp_path, source, {"other": "OTHER"}),
+        pytest.raises(MisconfiguredError, match="'other' names itself 'upper:None'"),
+    ):
+        SectionCodecs("other", FORM)
+
+
+def test_a_header_that_names_a_codec_of_a_package_that_is_not_here_is_a_miss():
+    for codecs in (SectionCodecs("none", FORM), SectionCodecs("int8", FORM)):
+        for name in ("upper:2", "upper:2+zstd", "inverted"):
+            with pytest.raises(MissError) as error:
+                codecs.decoder(name)
+            assert error.value.reason is MissReason.UNKNOWN_CODEC
+
+
+@pytest.mark.usefixtures("plugin")
 def test_every_known_codec_is_listed_with_where_it_comes_from():
     rows = {row.codec: row for row in known_codecs()}
-    assert set(rows) == {"none", "lz4", "zstd", "planes", "int8", "int4", "fp8", "inverted", *BROKEN}
-    assert rows["inverted"].origin == "kvstore-test-plugin"
+    assert set(rows) == {"none", "lz4", "zstd", "planes", "int8", "int4", "fp8", "inverted", "upper", *BROKEN}
+    assert rows["inverted"].origin == rows["upper"].origin == DISTRIBUTION
     assert rows["zstd"].origin == "kvstore"
     lossy = {name: row.fidelity for name, row in rows.items() if row.fidelity != "lossless"}
-    assert lossy == {"int8": "int8", "int4": "int4:64", "fp8": "fp8"}
+    nothing_promised = dict.fromkeys(BROKEN, "")
+    assert lossy == {"int8": "int8", "int4": "int4:64", "fp8": "fp8", "upper": "upper:2", **nothing_promised}
+    assert rows["upper"].takes == ":GROUP of 2, 3, default 2; then +CODEC, a byte codec"
     for name in BROKEN:
         assert "cannot be used" in rows[name].about
