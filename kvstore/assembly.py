@@ -78,7 +78,7 @@ class Assembly:
             async for _ in self.backend.list(format_folder(prefix)):
                 break
             # Objects may go another way than listings: that is to be set up by now, too.
-            await self.backend.head(_no_object(prefix))
+            await self.backend.head(no_object(prefix))
             await self.watch.start()
         except Exception as error:
             self.warn(
@@ -140,7 +140,7 @@ class Assembler:
         # Outside of the meter: what is refused is no request.
         guarded = GuardedBackend(
             MeteredBackend(backend, self._metrics),
-            _no_object(self._settings.prefix),
+            no_object(self._settings.prefix),
             metrics=self._metrics,
             warn=self._warn,
         )
@@ -312,7 +312,7 @@ class Assembler:
         return min(self._settings.upload_queue_bytes // self._form.raw_bytes, slots - max(1, slots // 4))
 
 
-def _no_object(prefix: str) -> str:
+def no_object(prefix: str) -> str:
     """A name that can be asked for, and is not there."""
     return namespace_document_name(prefix, _NO_NAMESPACE)
 

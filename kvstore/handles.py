@@ -72,6 +72,16 @@ class LoadHandle:
         """The chunks asked for, as indices into the chain."""
         return self._span
 
+    @property
+    def layers_ready(self) -> int:
+        """Leading layers that are in pages, without waiting; all of them once the load has ended."""
+        return self._layers if self._done else self._layers_ready
+
+    @property
+    def done(self) -> bool:
+        """Whether the load has ended, so that `wait` returns at once."""
+        return self._done
+
     def wait_layer(self, layer: int, timeout_s: float | None = None) -> int:
         """Wait until `layer` is in pages; returns how many leading chunks of the span have it.
 
@@ -96,10 +106,14 @@ class LoadHandle:
                 raise TimeoutError(f"the load has not ended within {timeout_s} s")
             return LoadResult(self._leading, MappingProxyType(dict(self._failures)))
 
-    def cancel(self) -> LoadResult:
-        """Stop the load and wait until nothing writes to pages any more. Safe to repeat."""
+    def begin_cancel(self) -> None:
+        """Have the load end soon, without waiting. Pages may be written to until `done`. Safe to repeat."""
         self._check_process()
         self._cancel()
+
+    def cancel(self) -> LoadResult:
+        """Stop the load and wait until nothing writes to pages any more. Safe to repeat."""
+        self.begin_cancel()
         return self.wait()
 
     def _check_process(self) -> None:

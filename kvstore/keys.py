@@ -68,20 +68,9 @@ class PrefixChain:
         Raises MisconfiguredError for a token id outside 0 .. 2**32-1, a salt that is no text, or
         extra keys that are no bytes.
         """
-        step = namespace.layout.chunk_tokens
-        count = len(tokens) // step
-        data = _little_endian_u32(tokens[: count * step])
-        parent = _digest((_ROOT_TAG, namespace.digest, _salt_bytes(tenant_salt)))
-        keys = []
-        for depth in range(count):
-            extra = extra_keys[depth] if depth < len(extra_keys) else ()
-            try:
-                own = _digest((parent, data[4 * step * depth : 4 * step * (depth + 1)], *extra))
-            except TypeError:
-                raise MisconfiguredError(f"extra_keys[{depth}] is not a sequence of bytes") from None
-            keys.append(ChunkKey(namespace.digest, own, parent, depth))
-            parent = own
-        return cls(namespace, tuple(keys))
+        growing = GrowingChain(namespace, tenant_salt)
+        growing.extend(tokens, extra_keys)
+        return growing.chain()
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -90,6 +79,40 @@ class PrefixChain:
     def tokens(self) -> int:
         """How many leading tokens the chain covers."""
         return len(self.keys) * self.namespace.layout.chunk_tokens
+
+
+class GrowingChain:
+    """The chain of a sequence that grows: what was hashed once is not hashed again.
+
+    keys  of the full chunks so far, first chunk first
+    """
+
+    def __init__(self, namespace: Namespace, tenant_salt: str = "") -> None:
+        self.namespace = namespace
+        self.keys: list[ChunkKey] = []
+        self._parent = _digest((_ROOT_TAG, namespace.digest, _salt_bytes(tenant_salt)))
+
+    def extend(self, tokens: Sequence[int], extra_keys: Sequence[Sequence[bytes]] = ()) -> None:
+        """Hash on with `tokens`, those after the last full chunk; see PrefixChain.of for `extra_keys`.
+
+        Tokens past the last full chunk get no key, and are to come again with those that follow.
+        Raises MisconfiguredError, as PrefixChain.of; the chain then ends before the chunk in question.
+        """
+        step = self.namespace.layout.chunk_tokens
+        count = len(tokens) // step
+        data = _little_endian_u32(tokens[: count * step])
+        for index in range(count):
+            extra = extra_keys[index] if index < len(extra_keys) else ()
+            try:
+                own = _digest((self._parent, data[4 * step * index : 4 * step * (index + 1)], *extra))
+            except TypeError:
+                raise MisconfiguredError(f"extra_keys[{index}] is not a sequence of bytes") from None
+            self.keys.append(ChunkKey(self.namespace.digest, own, self._parent, len(self.keys)))
+            self._parent = own
+
+    def chain(self) -> PrefixChain:
+        """The keys so far."""
+        return PrefixChain(self.namespace, tuple(self.keys))
 
 
 def _digest(fields: Iterable[bytes]) -> bytes:

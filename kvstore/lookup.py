@@ -63,13 +63,14 @@ class Lookups:
 
     backend_off  whether the backend is switched off, so that what it holds cannot be had. Any thread
                  may ask
+    memory       None where this process keeps no chunks
     """
 
     backend: Backend
     backend_off: Callable[[], bool]
     prefix: str
     shard: Shard
-    memory: MemoryTier
+    memory: MemoryTier | None
     disk: DiskTier | None
     presence: Presence
     metrics: Metrics
@@ -107,13 +108,14 @@ class Lookups:
         return self._result(keys, known, found, failure)
 
     def _known(self, keys: Sequence[ChunkKey]) -> Known:
-        by_tier = {"memory": self.memory.leading(keys)}
+        by_tier = {} if self.memory is None else {"memory": self.memory.leading(keys)}
         if self.disk is not None:
             by_tier["disk"] = 0
             # A prefix may lie partly here and partly there, in any order.
             while step := self.disk.leading(keys[sum(by_tier.values()) :]):
                 by_tier["disk"] += step
-                by_tier["memory"] += self.memory.leading(keys, sum(by_tier.values()))
+                if self.memory is not None:
+                    by_tier["memory"] += self.memory.leading(keys, sum(by_tier.values()))
         low, high = self.presence.bounds(keys, sum(by_tier.values()))
         return Known(by_tier, low, high)
 

@@ -170,6 +170,19 @@ class Settings(BaseSettings):
     chunk_tokens: Annotated[int, BeforeValidator(_no_bool), Field(ge=1, le=1 << 20)] = Field(
         256, description="tokens of one stored chunk, a whole number of the engine's pages"
     )
+    weights_revision: str = Field(
+        "",
+        description="a name for the exact weights, such as a commit; empty where the engine's adapter is to "
+        "find it out",
+    )
+    vllm_load: Literal["auto", "whole", "layerwise"] = Field(
+        "auto",
+        description="whole, layerwise or auto: when vLLM may compute on what it loads; once all is there, "
+        "once the first layer is, or once the rest is expected in time",
+    )
+    vllm_async: bool = Field(
+        default=True, description="true or false: whether vLLM serves other requests while one is loaded"
+    )
     tenant_salt: Annotated[SecretStr, AfterValidator(_check_salt)] = Field(
         SecretStr(""), description="a secret text; tenants with different salts never share chunks"
     )

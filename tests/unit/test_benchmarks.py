@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[2]
 PROGRAMS = sorted(
     path.stem for path in ROOT.glob("benchmarks/*.py") if 'prog="make bench' in path.read_text()
 )
-# They need nginx and other libraries, LMCache, or a GPU.
-NOT_RUN = {"read_path", "peer_lmcache", "kernels", "gpu_load"}
+# They need nginx and other libraries, LMCache, a GPU, or vLLM.
+NOT_RUN = {"read_path", "peer_lmcache", "kernels", "gpu_load", "vllm"}
 SMALL = {
     "roundtrip": ["--chunks=1", "--rounds=1", "--backends", "memory", "filesystem"],
     "overhead": ["--chunks=4", "--layers=3", "--rounds=1"],

@@ -110,6 +110,8 @@ MALFORMED = {
     "gc_grace": ["3600", "29min", "0s"],
     "gc_max_share": ["0", "1.1", "25%", "nan"],
     "gc_requests_per_s": ["0", "fast"],
+    "vllm_load": ["Auto", "lazy"],
+    "vllm_async": ["maybe", "2"],
 }
 
 
@@ -124,7 +126,7 @@ def test_a_malformed_variable_is_named_with_its_value_and_what_it_takes(monkeypa
 
 
 def test_every_field_that_can_be_malformed_is_tested():
-    free_text = {"region", "tenant_salt"}
+    free_text = {"region", "tenant_salt", "weights_revision"}
     assert set(Settings.model_fields) == set(MALFORMED) | free_text
 
 

@@ -1,0 +1,100 @@
+"""The namespace of a vLLM engine: what its KV bytes depend on besides the tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from kvstore.engine_adapters.vllm.messages import Variant
+from kvstore.engine_adapters.vllm.weights import weights_revision
+from kvstore.layout import KVLayout
+from kvstore.namespace import Namespace
+
+# All of a model's config goes into the namespace but for these, which the forward pass does not read. A
+# field that is missing here costs misses; one too many would serve another model's KV.
+_INERT_FIELDS = frozenset(
+    {
+        "_name_or_path",
+        "architectures",
+        "bos_token_id",
+        "dtype",
+        "eos_token_id",
+        "id2label",
+        "initializer_range",
+        "label2id",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "problem_type",
+        "return_dict",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
+)
+
+
+class Namespaces:
+    """The namespaces of one engine: its own, and one for each variant of it."""
+
+    def __init__(self, base: Namespace) -> None:
+        self.base = base
+        self._made = {Variant(): base}
+
+    def of(self, variant: Variant) -> Namespace:
+        """The namespace of requests of `variant`."""
+        if variant not in self._made:
+            revision = self.base.weights_revision
+            if variant.generation:
+                revision = f"{revision}, reset {variant.generation}"
+            self._made[variant] = dataclasses.replace(self.base, lora=variant.lora, weights_revision=revision)
+        return self._made[variant]
+
+
+def engine_namespace(vllm_config: Any, layout: KVLayout, fidelity: str, revision: str) -> Namespace:
+    """The engine's own namespace.
+
+    fidelity  of the store in use
+    revision  KVSTORE_WEIGHTS_REVISION, empty where it is to be found out
+
+    Raises MisconfiguredError where the weights cannot be named.
+    """
+    model = vllm_config.model_config
+    return Namespace(
+        model=_model_name(str(model.model)),
+        weights_revision=weights_revision(model, vllm_config.load_config.load_format, revision),
+        layout=layout,
+        attention=attention_text(vllm_config),
+        fidelity=fidelity,
+    )
+
+
+def attention_text(vllm_config: Any) -> str:
+    """Canonical JSON of the model's config and of what the engine makes of it."""
+    model = vllm_config.model_config
+    config = model.hf_config.to_dict()
+    described = {name: value for name, value in config.items() if name not in _INERT_FIELDS}
+    described["implementation"] = {
+        "engine": "vllm",
+        "architecture": str(model.architecture),
+        "model_impl": str(model.model_impl),
+        "dtype": str(model.dtype),
+        "quantization": str(model.quantization),
+        "load_format": str(vllm_config.load_config.load_format),
+        "cache_dtype": str(vllm_config.cache_config.cache_dtype),
+        "max_model_len": model.max_model_len if _depends_on_length(config) else None,
+    }
+    return json.dumps(described, sort_keys=True, separators=(",", ":"), default=str)
+
+
+def _depends_on_length(config: dict[str, Any]) -> bool:
+    """Whether RoPE is scaled by the longest sequence the engine was started for."""
+    text = json.dumps([config.get("rope_scaling"), config.get("rope_parameters")], default=str)
+    return any(kind in text for kind in ("dynamic", "longrope", "su", "yarn"))
+
+
+def _model_name(place: str) -> str:
+    # Nodes keep one model in different folders; the revision tells weights apart.
+    return Path(place).resolve().name if Path(place).is_dir() else place

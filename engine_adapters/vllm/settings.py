@@ -1,0 +1,96 @@
+"""Settings of one engine: KVSTORE_* of the environment, overridden by kv_connector_extra_config."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from kvstore.errors import MisconfiguredError
+from kvstore.settings import ENV_PREFIX, Settings, resolve_settings, variable
+
+_log = logging.getLogger("kvstore.vllm")
+
+
+class LoadMode(StrEnum):
+    """When the engine may compute on what is being loaded; see KVSTORE_VLLM_LOAD."""
+
+    AUTO = "auto"
+    WHOLE = "whole"
+    LAYERWISE = "layerwise"
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What one engine's connectors need to know, besides the engine's own config.
+
+    chunk_tokens  None where nobody has set it
+    mode          what KVSTORE_VLLM_LOAD comes to with this engine
+    awaited       loads are waited for within a step; otherwise the request waits across steps
+    """
+
+    settings: Settings
+    chunk_tokens: int | None
+    mode: LoadMode
+    awaited: bool
+
+
+def engine_settings(vllm_config: Any) -> EngineSettings:
+    """Resolve the settings of an engine. Raises MisconfiguredError, naming what is wrong."""
+    resolved = resolve_settings(flags_of(vllm_config.kv_transfer_config.kv_connector_extra_config))
+    settings = resolved.settings
+    if "\0" in settings.tenant_salt.get_secret_value():
+        raise MisconfiguredError("KVSTORE_TENANT_SALT holds a NUL character; use another salt")
+    given = resolved.origins["chunk_tokens"] != "default"
+    return EngineSettings(
+        settings=settings,
+        chunk_tokens=settings.chunk_tokens if given else None,
+        mode=_mode(settings, vllm_config),
+        awaited=not settings.vllm_async,
+    )
+
+
+def flags_of(extra_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by field name, from kv_connector_extra_config. Raises MisconfiguredError for any other key."""
+    names = {variable(field): field for field in Settings.model_fields}
+    for key in extra_config:
+        if key not in names:
+            near = difflib.get_close_matches(key, names, 1) or difflib.get_close_matches(
+                ENV_PREFIX + key.upper(), names, 1
+            )
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise MisconfiguredError(
+                f"{key!r} in kv_connector_extra_config is no setting; {hint}`kvstore config` lists them all"
+            )
+    return {names[key]: value for key, value in extra_config.items()}
+
+
+def wants_layerwise(extra_config: Mapping[str, Any]) -> bool:
+    """Whether KVSTORE_VLLM_LOAD asks for layerwise loads in so many words."""
+    return resolve_settings(flags_of(extra_config)).settings.vllm_load == str(LoadMode.LAYERWISE)
+
+
+def _mode(settings: Settings, vllm_config: Any) -> LoadMode:
+    mode = LoadMode(settings.vllm_load)
+    if vllm_config.max_concurrent_batches > 1:
+        # The next step is planned before a failure within this one is known, and computes on it.
+        asked = [f"KVSTORE_VLLM_LOAD={mode}"] * (mode is LoadMode.LAYERWISE) + [
+            "KVSTORE_VLLM_ASYNC=false"
+        ] * (not settings.vllm_async)
+        if asked:
+            raise MisconfiguredError(
+                f"{' and '.join(asked)} cannot be served with async scheduling, where a failed load would go "
+                "unnoticed for a step; start vLLM with --no-async-scheduling, or leave the setting out"
+            )
+        return LoadMode.WHOLE
+    if mode is LoadMode.AUTO and _replays_graphs(vllm_config.compilation_config.cudagraph_mode):
+        return LoadMode.WHOLE
+    return mode
+
+
+def _replays_graphs(cudagraph_mode: Any) -> bool:
+    """Whether attention may run from a CUDA graph, which waits for no layer."""
+    return cudagraph_mode is not None and bool(cudagraph_mode.has_full_cudagraphs())

@@ -1,0 +1,123 @@
+"""ChunkFinder: lookups for an engine whose scheduler is another process than those that hold KV."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
+
+from kvstore.assembly import DISCONNECT_TIMEOUT_S, no_object
+from kvstore.backends.contract import Backend
+from kvstore.backends.guarded import GuardedBackend
+from kvstore.backends.metered import MeteredBackend
+from kvstore.backends.opening import open_backend
+from kvstore.codecs.section_codecs import SectionCodecs
+from kvstore.event_loop import EventLoopThread
+from kvstore.keys import ChunkKey
+from kvstore.layout import ChunkForm, KVLayout, Shard
+from kvstore.lookup import Lookups
+from kvstore.metrics import Metrics
+from kvstore.presence import Presence
+from kvstore.settings import Settings
+from kvstore.warn import WarnRarely
+
+_log = logging.getLogger("kvstore")
+
+
+class ChunkFinder:
+    """Says how many leading chunks are present in every shard. Keeps no chunk: no arena, no disk tier.
+
+    Thread-safe. Trouble with the backend is never raised: what cannot be asked for counts as absent.
+    """
+
+    def __init__(
+        self, layout: KVLayout, shards: Sequence[Shard], settings: Settings, backend: Backend | None = None
+    ) -> None:
+        """Connects in the background.
+
+        backend  by default the one the settings name; the finder closes it
+
+        Raises MisconfiguredError for settings that cannot work, naming them.
+        """
+        self.metrics = Metrics()
+        self.fidelity = SectionCodecs(
+            settings.codec, ChunkForm(layout, shards[0]), settings.lossless_layers
+        ).fidelity
+        self._timeout_s = settings.lookup_timeout_s
+        warn = WarnRarely(_log)
+        self._backend = GuardedBackend(
+            MeteredBackend(backend or open_backend(settings), self.metrics),
+            no_object(settings.prefix),
+            metrics=self.metrics,
+            warn=warn,
+        )
+        self._lookups = [
+            Lookups(
+                backend=self._backend,
+                backend_off=lambda: self._backend.breaker.off,
+                prefix=settings.prefix,
+                shard=shard,
+                memory=None,
+                disk=None,
+                presence=Presence(settings.presence_ttl_s),
+                metrics=self.metrics,
+                warn=warn,
+            )
+            for shard in dict.fromkeys(shards)
+        ]
+        self._closed = False
+        self._loop = EventLoopThread(workers=1)
+        self._loop.submit(self._connect(no_object(settings.prefix)))
+
+    def begin(self, keys: Sequence[ChunkKey]) -> Future[int]:
+        """Begin to count the leading `keys` that are present; the count is there within the timeout
+
+        of KVSTORE_LOOKUP_TIMEOUT_S. Done at once where it takes no request. Raises StoreClosedError.
+        """
+        counts = []
+        for lookups in self._lookups:
+            known = lookups.at_once(keys)
+            if known is None:
+                return self._loop.submit(self._count(keys))
+            counts.append(known.chunks)
+        done: Future[int] = Future()
+        done.set_result(min(counts))
+        return done
+
+    def note_stored(self, keys: Iterable[ChunkKey]) -> None:
+        """Take chunks for present: every shard of them was saved just now."""
+        keys = list(keys)
+        for lookups in self._lookups:
+            lookups.presence.note(keys, present=True)
+
+    def note_missed(self, keys: Sequence[ChunkKey]) -> None:
+        """Know nothing any more of these chunks: the first of them could not be loaded."""
+        for lookups in self._lookups:
+            lookups.presence.forget(keys)
+
+    def close(self) -> None:
+        """Give up what is under way, and release everything. Safe to repeat."""
+        if self._closed:
+            return
+        self._closed = True
+        self._loop.close(self._disconnect(), DISCONNECT_TIMEOUT_S)
+
+    async def _count(self, keys: Sequence[ChunkKey]) -> int:
+        async with asyncio.TaskGroup() as tasks:
+            asked = [tasks.create_task(each.run(keys, self._timeout_s)) for each in self._lookups]
+        return min(task.result().chunks for task in asked)
+
+    async def _connect(self, probe: str) -> None:
+        # Loading an S3 client takes longer than a lookup may; what comes of it the breaker sees.
+        try:
+            await self._backend.head(probe)
+        except Exception as error:
+            _log.warning("%s cannot be asked, engines compute cold: %s", self._backend.location, error)
+
+    async def _disconnect(self) -> None:
+        try:
+            async with asyncio.timeout(DISCONNECT_TIMEOUT_S):
+                await self._backend.close()
+        except Exception as error:
+            _log.warning("%s could not be closed in order: %r", self._backend.location, error)
