@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -73,8 +73,8 @@ class TensorCodec(Protocol):
         """
         ...
 
-    def check(self, sections: Sequence[memoryview]) -> None:
-        """Raise MissError(BAD_ENCODING) if `decode` would for one of `sections`, what `encode` wrote each."""
+    def check(self, stored: memoryview) -> None:
+        """Raise MissError(BAD_ENCODING) if `decode` would: for what `encode` cannot have written."""
         ...
 
     def decode(self, stored: memoryview, out: memoryview) -> None:

@@ -7,7 +7,6 @@ multiply-add, gets the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, Protocol
 
 import numpy as np
@@ -49,8 +48,8 @@ class Grid(Protocol):
         """The numbers that `codes` stand for."""
         ...
 
-    def sound(self, codes: Iterable[memoryview]) -> bool:
-        """Whether every code stands for a number, in all of these."""
+    def sound(self, codes: memoryview) -> bool:
+        """Whether every code stands for a number."""
         ...
 
 
@@ -72,7 +71,7 @@ class _Whole8:
     def decode(self, codes: Codes, rows: Floats) -> None:
         np.copyto(rows, codes.view(self._word))
 
-    def sound(self, codes: Iterable[memoryview]) -> bool:
+    def sound(self, codes: memoryview) -> bool:
         del codes
         return True
 
@@ -100,7 +99,7 @@ class _Whole4:
         np.copyto(rows[:, :half], np.bitwise_and(codes, 15))
         np.copyto(rows[:, half:], np.right_shift(codes, 4)[:, : rows.shape[1] - half])
 
-    def sound(self, codes: Iterable[memoryview]) -> bool:
+    def sound(self, codes: memoryview) -> bool:
         del codes
         return True
 
@@ -139,13 +138,12 @@ class _E4M3:
         np.bitwise_and(bits, np.int32(0x87F00000 - (1 << 32)), out=bits)
         np.multiply(rows, np.float32(2.0**120), out=rows)
 
-    def sound(self, codes: Iterable[memoryview]) -> bool:
+    def sound(self, codes: memoryview) -> bool:
         magnitudes = np.empty(_TILE_BYTES, np.uint8)
-        for memory in codes:
-            for start in range(0, len(memory), _TILE_BYTES):
-                some = np.frombuffer(memory[start : start + _TILE_BYTES], np.uint8)
-                if np.bitwise_and(some, _E4M3_NAN, out=magnitudes[: len(some)]).max() == _E4M3_NAN:
-                    return False
+        for start in range(0, len(codes), _TILE_BYTES):
+            some = np.frombuffer(codes[start : start + _TILE_BYTES], np.uint8)
+            if np.bitwise_and(some, _E4M3_NAN, out=magnitudes[: len(some)]).max() == _E4M3_NAN:
+                return False
         return True
 
 

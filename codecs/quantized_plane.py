@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -111,12 +111,8 @@ class PlaneGroups:
             self.grid.encode(floats[at].reshape(len(tile), self.row), codes[at])
         return True
 
-    def check(self, scales: bytes, lowest: bytes, codes: Iterable[memoryview]) -> None:
-        """Raise MissError(BAD_ENCODING) for what no writer writes, in such planes of any number of sections.
-
-        scales, lowest  those of all sections
-        codes           for each section its codes
-        """
+    def check(self, scales: memoryview, lowest: memoryview, codes: memoryview) -> None:
+        """Raise MissError(BAD_ENCODING) for what no writer writes."""
         bits = np.frombuffer(scales, _SCALE)
         # Bits of positive numbers are in the order of numbers; those of negative ones, and NaN, are above.
         if bits.size and not _SCALE_BITS_MIN <= bits.min() <= bits.max() <= self._scale_bits_max:

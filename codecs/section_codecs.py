@@ -111,25 +111,33 @@ class SectionCodecs:
         quantized = self.tensor is not None and layer not in self._layers
         return sinks if quantized and sinks < self._form.layout.chunk_tokens else None
 
-    def decode(self, name: str, stored: memoryview, host: memoryview) -> int:
+    def decode(self, name: str, stored: memoryview, host: memoryview, *, layer: int, depth: int) -> int:
         """Decode a section whose header says `name` into `host`; returns how many bytes of it are filled.
 
         All, with host form, but where quantized ones are kept: then fewer, with what the tensor codec wrote.
-        Raises MissError as `decoder` and its codec do.
+        Raises MissError as `decoder` and its codec do, and BAD_ENCODING for one with other lossless tokens
+        than `fidelity` says.
         """
         codec = self.decoder(name)
-        if not self._keep_quantized or self.tensor is None or tensor_name(name) is None:
+        quantized = tensor_name(name) is not None
+        told = int.from_bytes(stored[:4], "little")
+        if quantized and told != self.lossless_tokens(layer, depth):
+            raise MissError(
+                MissReason.BAD_ENCODING,
+                f"{told} lossless tokens in layer {layer}: all is {self.fidelity!r}",
+            )
+        if not self._keep_quantized or self.tensor is None or not quantized:
             codec.decode(stored, host)
             return len(host)
         # One byte less, as a quantized section is known by its length.
         room = host[: len(host) - 1]
         if isinstance(codec, EncodedTensorCodec):
-            quantized = codec.unpack(stored, room)
+            kept = codec.unpack(stored, room)
         else:
-            quantized = room[: len(stored)]
-            quantized[:] = stored[: len(quantized)]
-        self.tensor.check([quantized])
-        return len(quantized)
+            kept = room[: len(stored)]
+            kept[:] = stored[: len(kept)]
+        self.tensor.check(kept)
+        return len(kept)
 
     def decoder(self, name: str) -> Decoder:
         """The codec that decodes sections whose header says `name`.

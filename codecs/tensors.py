@@ -95,29 +95,23 @@ class QuantizedCodec:
                 return None
         return parts[-1].end
 
-    def check(self, sections: Sequence[memoryview]) -> None:
+    def check(self, stored: memoryview) -> None:
         """See TensorCodec.check."""
-        alike: dict[int, list[memoryview]] = {}
-        for stored in sections:
-            if len(stored) < _FIRST.size:
-                raise bad(f"{len(stored)} bytes are too few")
-            alike.setdefault(_FIRST.unpack_from(stored)[0], []).append(stored)
-        for first, some in alike.items():
-            due = self.stored_bytes(first)
-            for length in map(len, some):
-                if length != due:
-                    raise bad(f"{length} bytes are not what {first} lossless tokens make")
-            for plane, part in zip(self.planes(first), self.parts(first), strict=True):
-                plane.check(
-                    # Of all sections at once: one call of numpy for each would cost more than its work.
-                    b"".join(stored[part.scales : part.lowest] for stored in some),
-                    b"".join(stored[part.lowest : part.codes] for stored in some),
-                    (stored[part.codes : part.end] for stored in some),
-                )
+        if len(stored) < _FIRST.size:
+            raise bad(f"{len(stored)} bytes are too few")
+        first = _FIRST.unpack_from(stored)[0]
+        if len(stored) != self.stored_bytes(first):
+            raise bad(f"{len(stored)} bytes are not what {first} lossless tokens make")
+        for plane, part in zip(self.planes(first), self.parts(first), strict=True):
+            plane.check(
+                stored[part.scales : part.lowest],
+                stored[part.lowest : part.codes],
+                stored[part.codes : part.end],
+            )
 
     def decode(self, stored: memoryview, out: memoryview) -> None:
         """See TensorCodec.decode."""
-        self.check([stored])
+        self.check(stored)
         first = _FIRST.unpack_from(stored)[0]
         for plane, part, own in zip(self.planes(first), self.parts(first), self._views(out), strict=True):
             self._decode_plane(plane, own, stored[part.scales : part.end])

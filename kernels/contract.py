@@ -16,6 +16,11 @@ class QueuedCopy(Protocol):
     and after a gather not read. Safe to drop without `wait` only if the sections outlive the copy.
     """
 
+    @property
+    def done(self) -> bool:
+        """Whether `wait` would return at once."""
+        ...
+
     def wait(self) -> None:
         """Return when the copy is done. Blocks this thread, not the interpreter."""
         ...

@@ -14,6 +14,11 @@ class QueuedCopy:
     def __init__(self, event: torch.cuda.Event | None = None) -> None:
         self._event = event
 
+    @property
+    def done(self) -> bool:
+        """Whether `wait` would return at once."""
+        return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]  # torch's
+
     def wait(self) -> None:
         """Return when the copy is done. Blocks this thread, not the interpreter."""
         if self._event is not None:

@@ -55,7 +55,6 @@ class TritonPageCopier(PageCopier):
             raise MisconfiguredError(f"pages above {PAGE_BYTES_MAX} bytes are not for this copier")
         self._form = form
         self._checks = PageChecks(form, codec)
-        self._codec = codec
         self._quantized = None if codec is None else QuantizedCopies(form, codec)
         self._streams: dict[tuple[torch.device, bool], torch.cuda.Stream] = {}
         self._lock = threading.Lock()

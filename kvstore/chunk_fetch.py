@@ -264,14 +264,17 @@ class ChunkFetcher:
             # A read that failed may have brought it in another form.
             into.slot.quantized.pop(layer, None)
             if not in_place:
-                self._decode(header.codec_name(section), data[: section.stored_bytes], layer, into)
+                stored = data[: section.stored_bytes]
+                self._decode(header.codec_name(section), stored, layer, header.depth, into)
 
-    def _decode(self, codec: str | None, stored: memoryview, layer: int, into: SlotWindow) -> None:
+    def _decode(
+        self, codec: str | None, stored: memoryview, layer: int, depth: int, into: SlotWindow
+    ) -> None:
         host, filled = into.section(layer, self.form), self.form.section_bytes
         if codec is None:
             host[:] = stored
         else:
-            filled = self.codecs.decode(codec, stored, host)
+            filled = self.codecs.decode(codec, stored, host, layer=layer, depth=depth)
         end_section(into.slot, self.form, layer, filled, into.start)
 
 

@@ -84,6 +84,21 @@ class EventLoopThread:
         """As `work`, for code that is not the store's and may take its time, or hang."""
         return await self._engine.run(_holding_buffers(function, arguments))
 
+    async def end_engine(self, function: Callable[[], None]) -> None:
+        """Run a function of an engine's, which raises nothing, to its end, however often this is cancelled.
+
+        In a thread of its own: what ends a load must not queue behind engines that hang, nor behind `close`.
+        """
+        ended = asyncio.get_running_loop().create_future()
+
+        def run() -> None:
+            function()
+            with contextlib.suppress(RuntimeError):  # the loop is gone, having waited long enough
+                self._loop.call_soon_threadsafe(ended.set_result, None)
+
+        threading.Thread(target=run, name="kvstore-engine-end", daemon=True).start()
+        await to_its_end(ended)
+
     def close(self, last: Coroutine[Any, Any, None], timeout_s: float) -> bool:
         """Cancel what still runs and wait for it, run `last`, and end the threads.
 

@@ -7,6 +7,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from kvstore.chunk_fetch import SlotWindow
@@ -196,12 +197,13 @@ class ChunkLoad:
         """See to it that nothing of this load goes on. The sink is in no call any more."""
         for wanted in tuple(self._wanted.values()):
             self._let_go(wanted)
-        if self._batches:
-            copying = asyncio.ensure_future(
-                self._path.loop.call_engine(self._call_sink, None, tuple(self._batches))
-            )
-            await to_its_end(copying)
+        copying = [batch for batch in self._batches if batch.copy is not None]
         for batch in self._batches:
+            if batch.copy is None:
+                batch.release()
+        if copying:
+            await self._path.loop.end_engine(partial(self._call_sink, None, copying))
+        for batch in copying:
             batch.release()
         for ending in self._ending:
             await to_its_end(ending)
@@ -264,7 +266,8 @@ class _Batch:
         """Give it to the sink."""
         sections = [one.window.section(self.layer, form) for one in self.held.values()]
         try:
-            self.copy = sink.scatter(self.layer, list(self.held), sections)
+            copy = sink.scatter(self.layer, list(self.held), sections)
+            self.copy = None if copy is None or copy.done else copy
         except BaseException as error:
             self.error = error
 

@@ -309,7 +309,7 @@ class KVStore:
         if slot is None:
             return None
         try:
-            self._gather(slot, index, source)
+            self._gather(slot, index, source, key.depth)
         except BaseException:
             slot.release()
             raise
@@ -342,22 +342,27 @@ class KVStore:
         if self._closed:
             raise StoreClosedError("the store is closed; open another with KVStore.open")
 
-    def _gather(self, slot: Slot, index: int, source: PageSource) -> None:
+    def _gather(self, slot: Slot, index: int, source: PageSource, depth: int) -> None:
         form = self.form
         starts = [section_start(form, layer) for layer in range(form.layers)]
         sections = [slot.memory[start : start + form.section_bytes] for start in starts]
-        lengths = source.gather(index, sections) or [form.section_bytes] * form.layers
+        lengths = source.gather(index, sections)
+        if lengths is None:
+            lengths = [form.section_bytes] * form.layers
         for layer, (section, length) in enumerate(zip(sections, lengths, strict=True)):
-            if length < form.section_bytes:
-                self._check_quantized(layer, section[:length])
+            if length != form.section_bytes:
+                self._check_quantized(layer, depth, section, length)
             end_section(slot, form, layer, length)
 
-    def _check_quantized(self, layer: int, section: memoryview) -> None:
+    def _check_quantized(self, layer: int, depth: int, section: memoryview, length: int) -> None:
+        """Raises MisconfiguredError unless a section is what this store's fidelity says of it."""
         codec = self.tensor_codec if self.keep_quantized else None
-        if codec is None or len(section) != codec.stored_bytes(int.from_bytes(section[:4], "little")):
+        due = self.lossless_tokens(layer, depth)
+        told = int.from_bytes(section[:4], "little")
+        if codec is None or due is None or told != due or length != codec.stored_bytes(due):
             raise MisconfiguredError(
-                f"a source filled {len(section)} bytes of layer {layer}'s section: neither the section's "
-                f"{self.form.section_bytes} nor what KVSTORE_CODEC={self._settings.codec} makes of it, "
+                f"a source filled {length} bytes of layer {layer}'s section at depth {depth}: neither the "
+                f"section's {self.form.section_bytes} nor what fidelity {self.fidelity!r} has there, "
                 f"with keep_quantized={self.keep_quantized}"
             )
 

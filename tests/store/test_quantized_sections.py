@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from number_samples import FORM, LAYOUT, Numbers, chain_of, load, save
+from offered_codecs import UPPER_BYTES, offered
 from samples import PATIENCE_S, ScriptedBackend, name_of
 
 from kvstore.backends.memory import StoredObject
@@ -149,13 +150,40 @@ def resealed(data: bytes) -> bytes:
     return encode_header(replace(header, sections=sections)) + data[4096:]
 
 
+@pytest.mark.parametrize("length", [100, FORM.section_bytes - 1, FORM.section_bytes + 1])
 @pytest.mark.parametrize("codec", ["none", "int8"])
-def test_a_source_that_fills_less_than_it_must_is_told(opened, codec):
-    store = opened(ScriptedBackend(), LAYOUT, codec=codec)
+def test_a_source_that_fills_another_length_than_it_must_is_told(opened, codec, length):
+    store = opened(ScriptedBackend(), LAYOUT, codec=codec, keep_quantized=True)
     source = Numbers()
-    source.gather = lambda index, sections: [100] * LAYOUT.layers
-    with pytest.raises(MisconfiguredError, match=f"filled 100 bytes of layer 0's section.*CODEC={codec}"):
+    source.gather = lambda index, sections: [length, *[FORM.section_bytes] * (LAYOUT.layers - 1)]
+    with pytest.raises(MisconfiguredError, match=f"filled {length} bytes of layer 0's section at depth 0"):
         store.save(chain_of(store.fidelity), range(1), source)
+
+
+def test_p5_a_source_that_quantizes_what_its_fidelity_keeps_is_told_and_such_an_object_is_a_miss(opened):
+    backend, loose = ScriptedBackend(), opened(ScriptedBackend(), LAYOUT, codec="int8", keep_quantized=True)
+    store = opened(backend, LAYOUT, codec="int8", lossless_layers="1", keep_quantized=True)
+    source, chain = QuantizedNumbers(loose), chain_of(store.fidelity)
+    with pytest.raises(MisconfiguredError, match="layer 1's section at depth 0"):
+        store.save(chain, range(2), source)
+    writer = opened(backend, LAYOUT, codec="int8")
+    writer.fidelity = store.fidelity
+    save(writer, Numbers(), chain)
+    for keep_quantized in (False, True):
+        reader = opened(backend, LAYOUT, codec="int8", lossless_layers="1", keep_quantized=keep_quantized)
+        assert load(reader, source, chain).failures[0] is MissReason.BAD_ENCODING
+
+
+def test_p5_a_codec_of_another_package_hands_on_what_it_wrote(opened, tmp_path):
+    backend = ScriptedBackend()
+    with offered(tmp_path, UPPER_BYTES, {"upper": "UPPER"}):
+        store = opened(backend, LAYOUT, codec="upper", keep_quantized=True)
+        numbers, chain = QuantizedNumbers(store), chain_of(store.fidelity)
+        save(store, numbers, chain)
+        reader = opened(backend, LAYOUT, codec="upper", keep_quantized=True)
+        assert load(reader, numbers, chain).chunks == 2
+    assert (numbers.lengths < FORM.section_bytes).all()
+    assert (numbers.off() < 4 / 128).all()
 
 
 def test_memory_that_held_quantized_sections_holds_whole_ones_after_them(opened):

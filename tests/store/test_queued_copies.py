@@ -27,6 +27,8 @@ class QueueingPages(Pages):
 
 
 class Copying:
+    done = False
+
     def __init__(self, pages, layer, indices, sections):
         self._pages = pages
         self._layer = layer
@@ -121,3 +123,41 @@ def test_p8_a_load_out_of_time_ends_when_its_last_copy_does(stored):
     assert handle.wait(PATIENCE_S).failures[0] is MissReason.TIMEOUT
     pages.assert_never_wrong()
     assert_no_slot_lost(stored["warm"])
+
+
+def test_p8_a_load_out_of_time_does_not_wait_for_the_sinks_of_others(stored):
+    store, gates = stored["warm"], [Gate() for _ in range(2)]
+    late, hanging = Pages(4), Pages(4)
+    late.before_scatter = lambda layer, indices: gates[0].block()
+    hanging.before_scatter = lambda layer, indices: gates[1].block()
+    load = store.load(CHAIN, range(4), late, timeout_s=0.3)
+    gates[0].wait_arrivals()
+    # More than there are threads for: the next call of the first sink is queued behind them.
+    others = [store.load(CHAIN, range(4), hanging) for _ in range(20)]
+    gates[1].wait_arrivals(10)
+    gates[0].open()
+    assert load.wait(PATIENCE_S).failures[0] is MissReason.TIMEOUT
+    assert gates[1].inside
+    gates[1].open()
+    for other in others:
+        assert other.wait(PATIENCE_S).chunks == 4
+
+
+def test_a_copy_that_is_done_makes_its_layer_ready_before_the_next_begins(stored, monkeypatch):
+    monkeypatch.setattr(Copying, "done", True)
+    pages, seen = QueueingPages(), []
+    scatter = pages.scatter
+
+    def noting(layer, indices, sections):
+        seen.append(handle_of[0]._layers_ready if handle_of else 0)
+        copy = scatter(layer, indices, sections)
+        copy.wait()
+        return copy
+
+    handle_of: list = []
+    pages.scatter = noting
+    gate = pages.gates[0] = Gate()
+    handle_of.append(stored["warm"].load(CHAIN, range(4), pages))
+    gate.open()
+    assert handle_of[0].wait(PATIENCE_S).chunks == 4
+    assert seen == list(range(len(seen)))
