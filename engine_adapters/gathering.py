@@ -1,4 +1,4 @@
-"""What every adapter's PageSource does with a copier: one chunk of all layers, quantized where it may be."""
+"""One chunk of all layers from pages into sections, quantized where a store keeps them so."""
 
 from __future__ import annotations
 

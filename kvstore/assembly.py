@@ -79,12 +79,13 @@ class Assembly:
                 break
             # Objects may go another way than listings: that is to be set up by now, too.
             await self.backend.head(no_object(prefix))
-            await self.watch.start()
         except Exception as error:
             self.warn(
                 BACKEND_TROUBLE, f"{self.backend.location} cannot be used, engines compute cold: {error}"
             )
+            self.watch.start_later()
             return False
+        await self.watch.start()
         return True
 
     async def disconnect(self) -> None:

@@ -266,9 +266,11 @@ class _Batch:
         """Give it to the sink."""
         sections = [one.window.section(self.layer, form) for one in self.held.values()]
         try:
-            copy = sink.scatter(self.layer, list(self.held), sections)
-            self.copy = None if copy is None or copy.done else copy
+            self.copy = sink.scatter(self.layer, list(self.held), sections)
+            if self.copy is not None and self.copy.done:
+                self.copy = None
         except BaseException as error:
+            # A copy that has begun stays until it has ended.
             self.error = error
 
     def end(self) -> None:

@@ -172,8 +172,8 @@ class Settings(BaseSettings):
     )
     weights_revision: str = Field(
         "",
-        description="a name for the exact weights, such as a commit; empty where the engine's adapter is to "
-        "find it out",
+        description="a name for the exact weights that vLLM serves, such as a commit; empty where its "
+        "adapter is to find it out",
     )
     vllm_load: Literal["auto", "whole", "layerwise"] = Field(
         "auto",

@@ -2,39 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from kvstore.engine_adapters.config_text import config_text
 from kvstore.engine_adapters.transformers.weights import attention_implementation, weights_fingerprint
 from kvstore.errors import MisconfiguredError
 from kvstore.layout import KVLayout
 from kvstore.namespace import Namespace
-
-# All of a config goes into the namespace but for these, none of which the forward pass reads. A field
-# that is missing here costs misses; one too many would serve another model's KV.
-_INERT_FIELDS = frozenset(
-    {
-        "_name_or_path",
-        "architectures",
-        "auto_map",
-        "bos_token_id",
-        "dtype",
-        "eos_token_id",
-        "id2label",
-        "initializer_range",
-        "label2id",
-        "output_attentions",
-        "output_hidden_states",
-        "pad_token_id",
-        "problem_type",
-        "return_dict",
-        "torch_dtype",
-        "transformers_version",
-        "use_cache",
-    }
-)
 
 
 def model_namespace(model: PreTrainedModel, layout: KVLayout, weights_revision: str | None) -> Namespace:
@@ -58,15 +34,18 @@ def model_namespace(model: PreTrainedModel, layout: KVLayout, weights_revision: 
 
 
 def attention_text(model: PreTrainedModel) -> str:
-    """Canonical JSON of the model's code and of its config: RoPE, attention, norms, experts, ..."""
+    """Canonical JSON of the model's code and of its config."""
     config = model.config.get_text_config(decoder=True).to_dict()
-    described = {name: value for name, value in config.items() if name not in _INERT_FIELDS}
-    described["implementation"] = {
-        "class": f"{type(model).__module__}.{type(model).__qualname__}",
-        "attention": attention_implementation(model),
-        "engine": "transformers",
-    }
-    return json.dumps(described, sort_keys=True, separators=(",", ":"), default=str)
+    # Where code comes from; which code it is, the class says.
+    config.pop("auto_map", None)
+    return config_text(
+        config,
+        {
+            "class": f"{type(model).__module__}.{type(model).__qualname__}",
+            "attention": attention_implementation(model),
+            "engine": "transformers",
+        },
+    )
 
 
 def _model_name(model: PreTrainedModel, *, by_content: bool) -> str:

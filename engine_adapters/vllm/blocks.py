@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from kvstore.kernels.contract import PageCopier
+from kvstore.kernels.contract import PageCopier, QueuedCopy
 from kvstore.kernels.copiers import page_copier
 from kvstore.layout import ChunkForm
 
@@ -70,7 +70,9 @@ class BlockSink:
         ids = self._ids[index * self._pages : (index + 1) * self._pages]
         return ids + [None] * (self._pages - len(ids))
 
-    def scatter(self, layer: int, indices: Sequence[int], sections: Sequence[memoryview]) -> None:
+    def scatter(
+        self, layer: int, indices: Sequence[int], sections: Sequence[memoryview]
+    ) -> QueuedCopy | None:
         """Copy one layer of the chunks at `indices` from `sections` to blocks."""
         planes, copier = self._memory.layers[layer], self._memory.chunks
         whole_ids: list[list[int]] = []
@@ -83,8 +85,7 @@ class BlockSink:
                     whole_sections.append(section)
                 else:
                     self._scatter_some(planes, self.ids(index), section)
-            if whole_ids:
-                copier.scatter(whole_sections, planes, whole_ids)
+            return copier.begin_scatter(whole_sections, planes, whole_ids) if whole_ids else None
 
     def _scatter_some(self, planes: Planes, ids: Sequence[int | None], section: memoryview) -> None:
         wanted = [(page, index) for page, index in enumerate(ids) if index is not None]

@@ -7,33 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from kvstore.engine_adapters.config_text import config_text
 from kvstore.engine_adapters.vllm.messages import Variant
 from kvstore.engine_adapters.vllm.weights import weights_revision
 from kvstore.layout import KVLayout
 from kvstore.namespace import Namespace
-
-# All of a model's config goes into the namespace but for these, which the forward pass does not read. A
-# field that is missing here costs misses; one too many would serve another model's KV.
-_INERT_FIELDS = frozenset(
-    {
-        "_name_or_path",
-        "architectures",
-        "bos_token_id",
-        "dtype",
-        "eos_token_id",
-        "id2label",
-        "initializer_range",
-        "label2id",
-        "output_attentions",
-        "output_hidden_states",
-        "pad_token_id",
-        "problem_type",
-        "return_dict",
-        "torch_dtype",
-        "transformers_version",
-        "use_cache",
-    }
-)
 
 
 class Namespaces:
@@ -75,18 +53,19 @@ def attention_text(vllm_config: Any) -> str:
     """Canonical JSON of the model's config and of what the engine makes of it."""
     model = vllm_config.model_config
     config = model.hf_config.to_dict()
-    described = {name: value for name, value in config.items() if name not in _INERT_FIELDS}
-    described["implementation"] = {
-        "engine": "vllm",
-        "architecture": str(model.architecture),
-        "model_impl": str(model.model_impl),
-        "dtype": str(model.dtype),
-        "quantization": str(model.quantization),
-        "load_format": str(vllm_config.load_config.load_format),
-        "cache_dtype": str(vllm_config.cache_config.cache_dtype),
-        "max_model_len": model.max_model_len if _depends_on_length(config) else None,
-    }
-    return json.dumps(described, sort_keys=True, separators=(",", ":"), default=str)
+    return config_text(
+        config,
+        {
+            "engine": "vllm",
+            "architecture": str(model.architecture),
+            "model_impl": str(model.model_impl),
+            "dtype": str(model.dtype),
+            "quantization": str(model.quantization),
+            "load_format": str(vllm_config.load_config.load_format),
+            "cache_dtype": str(vllm_config.cache_config.cache_dtype),
+            "max_model_len": model.max_model_len if _depends_on_length(config) else None,
+        },
+    )
 
 
 def _depends_on_length(config: dict[str, Any]) -> bool:

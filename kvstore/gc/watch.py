@@ -82,6 +82,10 @@ class MarkWatch:
         read = await self._try_to_read()
         self._running = asyncio.ensure_future(self._run(read=read))
 
+    def start_later(self) -> None:
+        """As `start`, where the backend has just failed to answer: it is asked when it may have come back."""
+        self._running = asyncio.ensure_future(self._run(read=False))
+
     async def _run(self, *, read: bool) -> None:
         while True:
             await asyncio.sleep(WATCH_S if read else RETRY_S)

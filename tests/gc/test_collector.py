@@ -285,7 +285,8 @@ def test_two_collectors_at_once_do_not_work_on_one_span(memory, monkeypatch):
         first, second = [await collector_of(backend, EVERYTHING, {}) for _ in range(2)]
         return await asyncio.gather(first.run(), second.run())
 
-    memory.run(both)
+    reports = memory.run(both)
+    assert sum(report.marked_objects for report in reports) == 6
     marks = [name for name in memory.names(announced_folder(PREFIX)) if name.endswith(".mark")]
     spans = [name.rpartition("/")[0] for name in marks]
     assert len(spans) == len(set(spans))

@@ -1,10 +1,13 @@
 """A store on a bucket that is collected: what its nodes' watch is for, seen from outside."""
 
 import asyncio
+import time
 
 from samples import FORM, PATIENCE_S, PREFIX, Pages, ScriptedBackend, chain_of, name_of, store_of
 
 from kvstore import Durability
+from kvstore.errors import RetryableError
+from kvstore.gc import watch
 from kvstore.gc.names import Announcement, Span, touches_folder
 from kvstore.gc.records import read_hashes, seal_hashes
 from kvstore.handles import SaveOutcome
@@ -53,3 +56,19 @@ def test_what_a_store_uses_of_a_mark_it_tells():
         store._loop.run(store._parts.watch.read())
     told = [name for name in backend.objects if name.startswith(touches_folder(PREFIX))]
     assert asyncio.run(read_hashes(backend, *told)) == {CHAIN.keys[1].hash}
+
+
+def test_a_store_whose_backend_was_down_when_it_opened_tells_too(monkeypatch):
+    monkeypatch.setattr(watch, "RETRY_S", 0.01)
+    backend = ScriptedBackend()
+    with store_of(backend) as store:
+        save(store)
+    announce(backend, Announcement(SPAN, 1))
+    backend.when("list", RetryableError("not now"), times=1)
+    with store_of(backend) as store:
+        assert not store.wait_connected(PATIENCE_S)
+        store.load(CHAIN, range(3), Pages(3)).wait(PATIENCE_S)
+        until_s = time.monotonic() + PATIENCE_S
+        while not any(name.startswith(touches_folder(PREFIX)) for name in list(backend.objects)):
+            assert time.monotonic() < until_s
+            time.sleep(0.01)

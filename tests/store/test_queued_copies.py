@@ -161,3 +161,34 @@ def test_a_copy_that_is_done_makes_its_layer_ready_before_the_next_begins(stored
     gate.open()
     assert handle_of[0].wait(PATIENCE_S).chunks == 4
     assert seen == list(range(len(seen)))
+
+
+def test_a_copy_that_cannot_say_whether_it_is_done_is_waited_for(stored, monkeypatch):
+    def broken(self):
+        raise OSError("device lost")
+
+    monkeypatch.setattr(Copying, "done", property(broken))
+    pages = QueueingPages()
+    pages.gates[0] = Gate()
+    handle = stored["warm"].load(CHAIN, range(4), pages)
+    pages.gates[0].wait_arrivals()
+    assert not handle._done
+    pages.gates[0].open()
+    assert handle.wait(PATIENCE_S).failures[0] is MissReason.SINK_FAILED
+    assert_no_slot_lost(stored["warm"])
+
+
+def test_p13_a_store_that_was_closed_ends_no_load_before_its_copies(stored, monkeypatch):
+    monkeypatch.setattr("kvstore.store.ENGINE_TIMEOUT_S", 0.1)
+    pages = QueueingPages()
+    pages.gates = {0: Gate(), 1: Gate()}
+    handle = stored["warm"].load(CHAIN, range(4), pages)
+    pages.gates[0].wait_arrivals()
+    stored["warm"].close()
+    pages.gates[0].open()
+    pages.gates[1].wait_arrivals()
+    with pytest.raises(TimeoutError):
+        handle.wait(0.1)
+    pages.gates[1].open()
+    assert handle.wait(PATIENCE_S).chunks == 0
+    pages.assert_never_wrong()
