@@ -1,0 +1,39 @@
+"""Commands about this node's settings, and whether the store is fit for it."""
+
+from __future__ import annotations
+
+from kvstore.cli.app import app
+from kvstore.cli.exits import ExitCode
+from kvstore.cli.options import Call, node_command
+
+_PANEL = "This node"
+
+
+@app.command(rich_help_panel=_PANEL)
+@node_command
+def config(call: Call) -> ExitCode:
+    """Every setting, its value, where it came from and what it takes. Secrets are masked."""
+    from kvstore.cli.config import show_config
+
+    return show_config(call)
+
+
+@app.command(rich_help_panel=_PANEL)
+@node_command
+def codecs(call: Call) -> ExitCode:
+    """Codecs that KVSTORE_CODEC can name, and what each guarantees."""
+    from kvstore.cli.codecs import list_codecs
+
+    return list_codecs(call)
+
+
+@app.command(rich_help_panel=_PANEL)
+@node_command
+def doctor(call: Call) -> ExitCode:
+    """Try live whether the store does what kvstore needs of it, and say how to mend what does not.
+
+    Writes a few small objects under PREFIX/doctor/ and a file into KVSTORE_DISK_DIR, and removes them again.
+    """
+    from kvstore.cli.doctor import examine_store
+
+    return examine_store(call)
