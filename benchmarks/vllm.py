@@ -8,7 +8,8 @@ environment of `make test-vllm`.
 JSON: machine; model_parameters, document_tokens; ttft_first_s (nothing stored), ttft_restart_s (restored),
 ttft_recompute_s (the same turn, without the store), ttft_restart_ratio (restored / recomputed);
 throughput_ratio (tokens/s with the store / without, prompts that never repeat, median over the rounds),
-tokens_per_s and tokens_per_s_without (medians, too); restored_tokens (from the backend, by the server's counter).
+tokens_per_s and tokens_per_s_without (medians, too); restored_tokens (from the backend, by the server's
+counter).
 """
 
 from __future__ import annotations
