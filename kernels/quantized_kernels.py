@@ -101,6 +101,81 @@ def dequantize(
             tl.store(at, word.to(at.dtype.element_ty), mask=there)
 
 
+@triton.jit
+def _limits_of(
+    table,
+    ids,
+    row,
+    first,
+    number,
+    run,
+    TOKENS: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr,
+    ROW: tl.constexpr,
+    WORD: tl.constexpr,
+    DENSE: tl.constexpr,
+    PLANE: tl.constexpr,
+    DIM: tl.constexpr,
+    BY_CHANNEL: tl.constexpr,
+    GROUP: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    STEP: tl.constexpr,
+    LARGEST: tl.constexpr,
+):
+    """The lowest and the highest element of each group, and whether it has any that is no number."""
+    PAGES: tl.constexpr = TOKENS // PAGE_TOKENS
+    AXIS: tl.constexpr = 0 if BY_CHANNEL else 1
+    lowest = tl.full([AT_ONCE], float("inf"), tl.float32)
+    highest = tl.full([AT_ONCE], float("-inf"), tl.float32)
+    wrong = tl.zeros([AT_ONCE], tl.int32)
+    for start in range(0, GROUP, STEP):
+        if BY_CHANNEL:
+            step = start + tl.arange(0, STEP)[:, None]
+            token = run * GROUP + step
+            element = number[None, :]
+        else:
+            step = start + tl.arange(0, STEP)[None, :]
+            token = number[:, None] // (ROW // GROUP)
+            element = number[:, None] % (ROW // GROUP) * GROUP + step
+        inside = (token < TOKENS) & (token >= first)
+        there = inside & (step < GROUP) & (element < ROW)
+        at = elements_at(table, ids, row, token, element, inside, PLANE, PAGES, PAGE_TOKENS, DIM, DENSE, WORD)
+        elements = float_of(tl.load(at, mask=there, other=0).to(tl.int32), WORD)
+        sound = tl.abs(elements) <= LARGEST
+        lowest = tl.minimum(lowest, tl.min(tl.where(there & sound, elements, float("inf")), AXIS))
+        highest = tl.maximum(highest, tl.max(tl.where(there & sound, elements, float("-inf")), AXIS))
+        wrong = tl.maximum(wrong, tl.max(tl.where(there & ~sound, 1, 0), AXIS))
+    return lowest, highest, wrong
+
+
+@triton.jit
+def _write_grids(
+    row,
+    group,
+    lowest,
+    highest,
+    PLANE: tl.constexpr,
+    WORD: tl.constexpr,
+    ITEM: tl.constexpr,
+    AFFINE: tl.constexpr,
+    SHARE: tl.constexpr,
+):
+    """Write the scale of each group, and its lowest element where the grid begins there."""
+    # Groups without an element have none in the section either, or make it one that is flagged.
+    there = lowest <= highest
+    # -0 becomes +0.
+    lowest += 0.0
+    if AFFINE:
+        span = highest - lowest
+        store_word(part_of(row, PLANE, LOWEST), group * ITEM, word_of(lowest, WORD), there, ITEM)
+    else:
+        span = tl.maximum(-lowest, highest)
+    bits = (tl.abs(span) * SHARE).to(tl.int32, bitcast=True)
+    # The next bfloat16 that is no smaller.
+    scale = tl.maximum((bits + 0xFFFF) >> 16, _SCALE_BITS_MIN)
+    store_word(part_of(row, PLANE, SCALES), group * 2, scale, there, 2)
+
+
 @triton.jit(do_not_specialize=["layers", "chunks", "sections"])
 def measure(
     table,
@@ -142,45 +217,57 @@ def measure(
         first = tl.load(row + FIRST_FIELD).to(tl.int32)
         number = tile % ROW_TILES * AT_ONCE + tl.arange(0, AT_ONCE)
         run = tile % TILES // ROW_TILES
-        lowest = tl.full([AT_ONCE], float("inf"), tl.float32)
-        highest = tl.full([AT_ONCE], float("-inf"), tl.float32)
-        wrong = tl.zeros([AT_ONCE], tl.int32)
-        for start in range(0, GROUP, STEP):
-            if BY_CHANNEL:
-                step = start + tl.arange(0, STEP)[:, None]
-                token = run * GROUP + step
-                element = number[None, :]
-            else:
-                step = start + tl.arange(0, STEP)[None, :]
-                token = number[:, None] // (ROW // GROUP)
-                element = number[:, None] % (ROW // GROUP) * GROUP + step
-            inside = (token < TOKENS) & (token >= first)
-            there = inside & (step < GROUP) & (element < ROW)
-            at = elements_at(
-                table, ids, row, token, element, inside, PLANE, PAGES, PAGE_TOKENS, DIM, DENSE, WORD
-            )
-            elements = float_of(tl.load(at, mask=there, other=0).to(tl.int32), WORD)
-            sound = tl.abs(elements) <= LARGEST
-            AXIS: tl.constexpr = 0 if BY_CHANNEL else 1
-            lowest = tl.minimum(lowest, tl.min(tl.where(there & sound, elements, float("inf")), AXIS))
-            highest = tl.maximum(highest, tl.max(tl.where(there & sound, elements, float("-inf")), AXIS))
-            wrong = tl.maximum(wrong, tl.max(tl.where(there & ~sound, 1, 0), AXIS))
+        lowest, highest, wrong = _limits_of(
+            table,
+            ids,
+            row,
+            first,
+            number,
+            run,
+            TOKENS,
+            PAGE_TOKENS,
+            ROW,
+            WORD,
+            DENSE,
+            PLANE,
+            DIM,
+            BY_CHANNEL,
+            GROUP,
+            AT_ONCE,
+            STEP,
+            LARGEST,
+        )
         if tl.max(wrong, 0) != 0:
             tl.store(tl.load(row + FLAG_FIELD).to(tl.pointer_type(tl.int32)), 1)
         group = (run - first // GROUP) * ROW + number if BY_CHANNEL else number - first * (ROW // GROUP)
-        # Groups without an element have none in the section either, or make it one that is flagged.
-        there = lowest <= highest
-        # -0 becomes +0.
-        lowest += 0.0
-        if AFFINE:
-            span = highest - lowest
-            store_word(part_of(row, PLANE, LOWEST), group * ITEM, word_of(lowest, WORD), there, ITEM)
-        else:
-            span = tl.maximum(-lowest, highest)
-        bits = (tl.abs(span) * SHARE).to(tl.int32, bitcast=True)
-        # The next bfloat16 that is no smaller.
-        scale = tl.maximum((bits + 0xFFFF) >> 16, _SCALE_BITS_MIN)
-        store_word(part_of(row, PLANE, SCALES), group * 2, scale, there, 2)
+        _write_grids(row, group, lowest, highest, PLANE, WORD, ITEM, AFFINE, SHARE)
+
+
+@triton.jit
+def _codes_of(
+    word,
+    row,
+    token,
+    element,
+    first,
+    coded,
+    ROW: tl.constexpr,
+    WORD: tl.constexpr,
+    ITEM: tl.constexpr,
+    PLANE: tl.constexpr,
+    GRID: tl.constexpr,
+    AFFINE: tl.constexpr,
+    BY_CHANNEL: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """The codes of elements, by the scales and lowest elements that `measure` has written."""
+    number = tl.where(coded, float_of(word, WORD), 0.0)
+    group = group_of(token, element, first, ROW, BY_CHANNEL, GROUP)
+    if AFFINE:
+        number -= lowest_of(row, group, coded, PLANE, WORD, ITEM)
+    scale = scale_of(row, group, coded, PLANE)
+    number *= tl.math.div_rn(tl.zeros_like(scale) + 1.0, scale)
+    return code_of(number, GRID)
 
 
 @triton.jit(do_not_specialize=["layers", "chunks", "sections"])
@@ -221,36 +308,36 @@ def quantize(
             first = tl.load(row + FIRST_FIELD).to(tl.int32)
             token = tile % TILES // ROW_TILES * DOWN + tl.arange(0, DOWN)[:, None]
             place = tile % ROW_TILES * ACROSS + tl.arange(0, ACROSS)[None, :]
-            inside = (token < TOKENS) & (place < CODES_ROW)
+            known = token < TOKENS
+            inside = known & (place < CODES_ROW)
             byte = tl.zeros([DOWN, ACROSS], tl.int32)
             for half in tl.static_range(HALVES):
                 element = half * CODES_ROW + place
                 there = inside & (element < ROW)
                 at = elements_at(
-                    table,
-                    ids,
-                    row,
-                    token,
-                    element,
-                    token < TOKENS,
-                    PLANE,
-                    PAGES,
-                    PAGE_TOKENS,
-                    DIM,
-                    DENSE,
-                    WORD,
+                    table, ids, row, token, element, known, PLANE, PAGES, PAGE_TOKENS, DIM, DENSE, WORD
                 )
                 word = tl.load(at, mask=there, other=0).to(tl.int32)
                 offset = (token * ROW + element) * ITEM
                 store_word(part_of(row, PLANE, LOSSLESS), offset, word, there & (token < first), ITEM)
                 coded = there & (token >= first)
-                number = tl.where(coded, float_of(word, WORD), 0.0)
-                group = group_of(token, element, first, ROW, BY_CHANNEL, GROUP)
-                if AFFINE:
-                    number -= lowest_of(row, group, coded, PLANE, WORD, ITEM)
-                scale = scale_of(row, group, coded, PLANE)
-                number *= tl.math.div_rn(tl.zeros_like(scale) + 1.0, scale)
-                byte |= code_of(number, GRID) << (4 * half)
+                code = _codes_of(
+                    word,
+                    row,
+                    token,
+                    element,
+                    first,
+                    coded,
+                    ROW,
+                    WORD,
+                    ITEM,
+                    PLANE,
+                    GRID,
+                    AFFINE,
+                    BY_CHANNEL,
+                    GROUP,
+                )
+                byte |= code << (4 * half)
             codes = part_of(row, PLANE, CODES) + ((token - first) * CODES_ROW + place)
             tl.store(codes, byte.to(tl.uint8), mask=inside & (token >= first))
             if PLANE == 0:
