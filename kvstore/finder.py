@@ -97,8 +97,11 @@ class ChunkFinder:
             lookups.presence.forget(keys)
 
     def close(self) -> None:
-        """Give up what is under way, and release everything. Safe to repeat."""
-        if self._closed:
+        """Give up what is under way, and release everything. Safe to repeat.
+
+        Does nothing in a forked child: the finder is its parent's.
+        """
+        if self._closed or self._loop.forked:
             return
         self._closed = True
         self._loop.close(self._disconnect(), DISCONNECT_TIMEOUT_S)

@@ -102,7 +102,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         """Requests whose blocks are free, and whose load has come far enough."""
-        done = self._finished(finished_req_ids)
+        done = self._finished(finished_req_ids) or Finished()  # None where giving up has failed too
         return KVConnectorTransferResults(finished_sending=done.sending, finished_recving=done.recving)
 
     def get_block_ids_with_load_errors(self) -> set[int]:
@@ -151,6 +151,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
         side = self._scheduler
         orders.loads, side.loads = side.loads, []
         orders.held, side.held = tuple(side.held), []
+        orders.failed_loads, side.failed_loads = tuple(side.failed_loads), []
         orders.saves = self._plan_saves(scheduler_output)
         return orders
 
@@ -158,9 +159,9 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
     def update_connector_output(self, connector_output: Any) -> None:
         """Take note of what workers report."""
         self._loading.difference_update(connector_output.finished_recving or ())
-        invalid = self._scheduler.reported(connector_output)
-        if invalid:
-            self._scheduler.recover(invalid, self._kv_cache_manager)
+        if connector_output.invalid_block_ids:
+            self._recover(connector_output.invalid_block_ids)
+        self._scheduler.reported(connector_output)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """A request is over; whether its blocks are still needed."""
@@ -224,9 +225,17 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
     def _plan_load(self, request: Any, block_ids: list[int], external_tokens: int) -> None:
         self._scheduler.allocated(request, block_ids, external_tokens)
 
-    @guarded(lambda *_: [])
+    @guarded(lambda self, _: self._no_saves())
     def _plan_saves(self, scheduler_output: Any) -> list[SaveOrder]:
         return self._scheduler.plan_saves(scheduler_output)
+
+    def _no_saves(self) -> list[SaveOrder]:
+        self._scheduler.drop_saves()
+        return []
+
+    @guarded(lambda *_: None)
+    def _recover(self, invalid: set[int]) -> None:
+        self._scheduler.recover(invalid, self._kv_cache_manager)
 
     def _keep_blocks(self, request: Any) -> bool:
         """Where it is not known who needs them; the engine itself keeps those of a request that loads."""
@@ -252,6 +261,7 @@ def _scheduler_side(vllm_config: Any, settings: EngineSettings, geometry: Geomet
             SchedulerOptions(
                 ranks=len(geometry.shards),
                 awaited=settings.awaited,
+                step_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
                 tenant_salt=settings.settings.tenant_salt.get_secret_value(),
             ),
             CacheEvents(geometry.layout.chunk_tokens, enabled=publishes),

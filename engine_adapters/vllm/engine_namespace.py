@@ -14,16 +14,34 @@ from kvstore.layout import KVLayout
 from kvstore.namespace import Namespace
 
 
+# LoRA adapters in use, and resets of the engine's cache: some may be forgotten.
+_VARIANTS_MAX = 256
+# What multimodal inputs are made of, besides the inputs that a request names.
+_MULTIMODAL_FIELDS = (
+    "media_io_kwargs",
+    "mm_device_do_normalize",
+    "mm_encoder_attn_dtype",
+    "mm_encoder_fp8_scale_path",
+    "mm_processor_kwargs",
+    "video_pruning_method",
+    "video_pruning_rate",
+)
+
+
 class Namespaces:
     """The namespaces of one engine: its own, and one for each variant of it."""
 
     def __init__(self, base: Namespace) -> None:
         self.base = base
-        self._made = {Variant(): base}
+        self._made: dict[Variant, Namespace] = {}
 
     def of(self, variant: Variant) -> Namespace:
         """The namespace of requests of `variant`."""
+        if variant == Variant():
+            return self.base
         if variant not in self._made:
+            if len(self._made) == _VARIANTS_MAX:
+                del self._made[next(iter(self._made))]
             revision = self.base.weights_revision
             if variant.generation:
                 revision = f"{revision}, reset {variant.generation}"
@@ -53,6 +71,7 @@ def attention_text(vllm_config: Any) -> str:
     """Canonical JSON of the model's config and of what the engine makes of it."""
     model = vllm_config.model_config
     config = model.hf_config.to_dict()
+    multimodal = model.multimodal_config
     return config_text(
         config,
         {
@@ -64,6 +83,7 @@ def attention_text(vllm_config: Any) -> str:
             "load_format": str(vllm_config.load_config.load_format),
             "cache_dtype": str(vllm_config.cache_config.cache_dtype),
             "max_model_len": model.max_model_len if _depends_on_length(config) else None,
+            "multimodal": multimodal and {name: getattr(multimodal, name) for name in _MULTIMODAL_FIELDS},
         },
     )
 

@@ -13,19 +13,22 @@ from kvstore.handles import LoadHandle
 class LoadUnderWay:
     """A load order at work.
 
-    handle    None: the load could not be begun, so all of it has failed
-    received  the engine was told that the request may go on
-    settled   it had ended before the step began that is under way
+    handle     None: the load could not be begun, so all of it has failed
+    received   the engine was told that the request may go on
+    settled    it had ended before the step began that is under way
+    whole      the engine is not to be told before it has ended
+    abandoned  its request is over, or has lost its blocks
     """
 
     def __init__(self, order: LoadOrder, handle: LoadHandle | None, pages: int) -> None:
         self.order = order
         self.received = False
         self.settled = False
+        self.whole = False
+        self.abandoned = False
         self._handle = handle
         self._pages = pages
         self._began_s = time.monotonic()
-        self._abandoned = False
 
     @property
     def done(self) -> bool:
@@ -38,8 +41,8 @@ class LoadUnderWay:
         return time.monotonic() - self._began_s
 
     def progress(self, layers: int) -> LoadProgress | None:
-        """How far it is. None: some of it has failed, or nobody waits for it."""
-        if self._handle is None or self._abandoned:
+        """How far it is. None: some of it has failed, or only its end counts."""
+        if self._handle is None or self.abandoned or self.whole:
             return None
         ready = self._handle.layers_ready
         if ready and self._handle.wait_layer(0) < len(self._handle.span):
@@ -58,22 +61,22 @@ class LoadUnderWay:
 
     def abandon(self) -> None:
         """Have it end soon: its request is over."""
-        self._abandoned = True
+        self.abandoned = True
         if self._handle is not None:
             self._handle.begin_cancel()
 
     def cancel(self) -> None:
         """End it, and wait until nothing writes to the blocks any more."""
-        self._abandoned = True
+        self.abandoned = True
         if self._handle is not None:
             self._handle.cancel()
 
     def failed_chunk(self) -> int | None:
         """Of one that has ended: the first chunk of its run that did not arrive.
 
-        None: all have, or nobody waits for it.
+        None: all have, or nobody was told of its blocks.
         """
-        if self._abandoned:
+        if self.abandoned and not self.received:
             return None
         if self._handle is None or self.order.run is None:
             return 0

@@ -71,7 +71,7 @@ class LoadOrder:
     first_block  which block of the run's first chunk `block_ids` begins with: those before it hold
                  their KV already, and are not to be touched
     awaited      whether the step itself waits for it; otherwise it goes on across steps
-    new_tokens   tokens of the request that are left to compute behind it
+    new_tokens   tokens of the request that the first step behind it computes, at most
     """
 
     serial: int
@@ -97,10 +97,12 @@ class SaveOrder:
 class StepOrders(KVConnectorMetadata):
     """Everything the workers have to do about one step.
 
-    tokens     how many the step computes
-    preempted  requests whose blocks others may use from this step on; their saves come first
-    finished   requests that are over
-    held       those of them whose blocks the engine keeps until they are reported
+    tokens        how many the step computes
+    preempted     requests whose blocks others may use from this step on; their saves come first
+    finished      requests that are over
+    held          those of them whose blocks the engine keeps until they are reported
+    failed_loads  requests with a load that fell short on some worker: the engine computes in its blocks,
+                  or gives them to others, once every worker has told of theirs
     """
 
     loads: list[LoadOrder] = field(default_factory=list)
@@ -108,6 +110,7 @@ class StepOrders(KVConnectorMetadata):
     preempted: tuple[str, ...] = ()
     finished: tuple[str, ...] = ()
     held: tuple[str, ...] = ()
+    failed_loads: tuple[str, ...] = ()
     tokens: int = 0
 
 

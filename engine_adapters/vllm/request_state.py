@@ -23,12 +23,14 @@ class PendingLoad:
     first_chunk  of the chain
     ranks_left   how many workers' loads have not ended
     received     the engine was told that it may go on, which it may be before the load has ended
+    fell_short   some worker could not load all of it
     """
 
     first_chunk: int
     keys: Sequence[ChunkKey]
     ranks_left: int
     received: bool = False
+    fell_short: bool = False
 
 
 class RequestState:

@@ -29,10 +29,17 @@ from kvstore.keys import ChunkKey
 
 @dataclass(frozen=True)
 class SchedulerOptions:
-    """`ranks`: how many workers report. `awaited`: steps wait for loads. `tenant_salt`: of the settings."""
+    """What the scheduler's half needs to know of the engine and the settings.
+
+    ranks        how many workers report
+    awaited      steps wait for loads
+    step_tokens  a step computes at most so many
+    tenant_salt  of the settings
+    """
 
     ranks: int
     awaited: bool
+    step_tokens: int
     tenant_salt: str
 
 
@@ -49,8 +56,9 @@ class _OpenSave:
 class SchedulerSide:
     """Plans loads and saves for the requests the scheduler tells of. Called in the scheduler's thread alone.
 
-    loads  planned, and not yet ordered from the workers
-    held   finished requests whose blocks the engine keeps, of which the workers do not know yet
+    loads         planned, and not yet ordered from the workers
+    held          finished requests whose blocks the engine keeps, of which the workers do not know yet
+    failed_loads  requests with a load that fell short on some worker, of which the others do not know yet
     """
 
     def __init__(
@@ -71,6 +79,9 @@ class SchedulerSide:
         self.loads: list[LoadOrder] = []
         self._saves: list[SaveOrder] = []
         self.held: list[str] = []
+        self.failed_loads: list[str] = []
+        # Of requests that ended since workers reported last: what their blocks hold is not known yet.
+        self._ended_blocks: list[Sequence[int]] = []
         self._open: dict[int, _OpenSave] = {}
         self._serials = itertools.count(1)
 
@@ -119,7 +130,7 @@ class SchedulerSide:
                 block_ids=tuple(block_ids[first_block:last_block]),
                 first_block=first_block - first_chunk * layout.pages,
                 awaited=self._options.awaited,
-                new_tokens=request.num_tokens - last_token,
+                new_tokens=min(request.num_tokens - last_token, self._options.step_tokens),
             )
         )
         self.stats.add("loads_begun", 1)
@@ -146,13 +157,26 @@ class SchedulerSide:
             if state is not None:
                 computed = state.request.num_computed_tokens
                 state.block_ids = tables.get_block_ids(request_id)[0]
-                self._save(state, state.block_ids, computed)
+                # In its first step a request may share blocks that this very step fills.
+                if state.computed_tokens:
+                    self._save(state, state.block_ids, computed)
                 state.computed_tokens = computed + tokens
         saves, self._saves = self._saves, []
         return saves
 
+    def drop_saves(self) -> None:
+        """Order none of the saves that are planned: what their blocks will hold is not known."""
+        for order in self._saves:
+            self._open.pop(order.serial, None)
+            state = self._states.get(order.request_id)
+            if state is not None:
+                state.open_saves -= 1
+                state.saved_chunks = min(state.saved_chunks, order.run.depth)
+        self._saves = []
+
     def finished(self, request: Any, block_ids: Sequence[int]) -> bool:
         """A request is over; whether the engine is to keep its blocks until workers report it."""
+        self._ended_blocks.append(block_ids)
         self._requests.pop(request.request_id, None)
         state = self._states.pop(request.request_id, None)
         self._failed.go_on(request.request_id)
@@ -173,8 +197,9 @@ class SchedulerSide:
         self._states.pop(request_id, None)
         self.held.append(request_id)
 
-    def reported(self, output: Any) -> set[int]:
-        """Take note of a step's KVConnectorOutput. Returns blocks that hold no KV, to be computed again."""
+    def reported(self, output: Any) -> None:
+        """Take note of a step's KVConnectorOutput, after `recover`."""
+        self._ended_blocks = []
         for request_id in output.finished_recving or ():
             state = self._states.get(request_id)
             if state is not None and state.load is not None:
@@ -185,22 +210,24 @@ class SchedulerSide:
             # Their blocks are free, so nothing is open, even where a report was lost.
             done = output.finished_sending
             self._open = {at: save for at, save in self._open.items() if save.request.request_id not in done}
-        invalid: set[int] = output.invalid_block_ids
-        return invalid
 
     def recover(self, invalid: Collection[int], manager: Any) -> None:
         """Let no request go on from blocks that hold no KV, nor find them in the engine's prefix cache.
 
         The engine does so for the first request of several that share a block, and trusts that one to
-        compute it again.
+        compute it again. Of requests that ended while the step ran it knows nothing any more, but its
+        prefix cache has their blocks.
         """
-        evicted: set[int] = set()
+        evicted = set(invalid)
+        for block_ids in self._ended_blocks:
+            first = _first_in(invalid, block_ids)
+            evicted.update(block_ids[first:])
         for request_id, request in self._requests.items():
             if request.status is RequestStatus.WAITING_FOR_REMOTE_KVS:
                 continue
             (block_ids,) = manager.get_block_ids(request_id)
-            first = next((at for at, block in enumerate(block_ids) if block in invalid), None)
-            if first is None:
+            first = _first_in(invalid, block_ids)
+            if first == len(block_ids):
                 continue
             evicted.update(block_ids[first:])
             tokens = first * self._layout.page_tokens
@@ -211,6 +238,8 @@ class SchedulerSide:
             if not request.num_computed_tokens and request.status is not RequestStatus.RUNNING:
                 manager.free(request)
         manager.evict_blocks(evicted)
+        # Of requests that ended while the step ran: they may have been computed from such blocks.
+        self.drop_saves()
 
     def reset(self) -> None:
         """Use nothing any more that was stored before: the engine's weights may be others now."""
@@ -264,19 +293,23 @@ class SchedulerSide:
             self._gathered(serial, ranks, report.taken.get(serial, 0))
 
     def _load_failed(self, request_id: str, chunk: int) -> None:
-        self.stats.add("loads_failed", 1)
         state = self._states.get(request_id)
+        load = None if state is None else state.load
+        if load is None or not load.fell_short:
+            self.stats.add("loads_failed", 1)
         if state is None:
             return
-        if state.load is None:
+        if load is None:
             self._failed.stop(request_id)
             return
-        keys = state.load.keys[chunk:]
+        load.fell_short = True
+        self.failed_loads.append(request_id)
+        keys = load.keys[chunk:]
         self._failed.add(keys[0])
         self._finder.note_missed(keys)
         self.events.removed(keys)
         # What is computed again is saved again.
-        state.saved_chunks = min(state.saved_chunks, state.load.first_chunk + chunk)
+        state.saved_chunks = min(state.saved_chunks, load.first_chunk + chunk)
         state.forget_lookup()
 
     def _gathered(self, serial: int, ranks: int, taken: int) -> None:
@@ -297,3 +330,8 @@ class SchedulerSide:
             self._failed.remove(save.keys)
             self.events.stored(save.keys, save.request)
             self.stats.add("chunks_saved", len(save.keys))
+
+
+def _first_in(blocks: Collection[int], block_ids: Sequence[int]) -> int:
+    """The place in `block_ids` of the first that is one of `blocks`; behind the last if none is."""
+    return next((at for at, block in enumerate(block_ids) if block in blocks), len(block_ids))

@@ -55,6 +55,7 @@ class WorkerSide:
         self._awaited: list[LoadUnderWay] = []
         self._layers_seen: set[int] = set()
         self._seen_loads: set[int] = set()
+        self._gave_up = False
         self._forward_began_s = 0.0
         self._speed = ComputeSpeed()
         self._held: set[str] = set()
@@ -71,10 +72,17 @@ class WorkerSide:
 
     def begin_step(self, orders: StepOrders) -> None:
         """Get ready for a step: see to it that nobody uses blocks any more that may be others' now."""
+        self._gave_up = False
         for request_id in (*orders.preempted, *orders.finished):
             load = self._loads.get(request_id)
             if load is not None and load.received:
                 load.cancel()
+        for request_id in orders.failed_loads:
+            load = self._loads.get(request_id)
+            if load is not None:
+                load.whole = True
+                if load.received:
+                    self._waiting(load.wait)
         if orders.preempted:
             first = [order for order in orders.saves if order.request_id in orders.preempted]
             self._saves.add(first, self._mark())
@@ -123,7 +131,7 @@ class WorkerSide:
             self._settle(load, load.failed_chunk() if every_layer or load.settled else 0)
         self._awaited = []
         later = [order for order in orders.saves if order.request_id not in orders.preempted]
-        if later:
+        if later and not self._gave_up:
             self._saves.add(later, self._mark())
 
     def finished(self, orders: StepOrders, finished_requests: Collection[str]) -> Finished:
@@ -175,6 +183,7 @@ class WorkerSide:
             if not received:
                 self._untold.recving.add(order.request_id)
         self._loads, self._awaited = {}, []
+        self._gave_up = True
         self._saves.discard()
         self._untold.sending.update(self._held, orders.held)
         self._held = set()
@@ -212,7 +221,8 @@ class WorkerSide:
         self._report.ended[request_id] = 1
         if failed_chunk is not None:
             self.invalid.update(load.blocks_from(failed_chunk))
-            self._report.failed[request_id] = failed_chunk
+            if not load.abandoned:
+                self._report.failed[request_id] = failed_chunk
         self.stats.add("load_seconds", load.elapsed_s)
         for tier, chunks in self._loaded_by_tier().items():
             self.stats.add(f"tokens_from_{tier}", chunks * self._store.layout.chunk_tokens)
