@@ -13,7 +13,6 @@ from kvstore.engine_adapters.vllm.weights import weights_revision
 from kvstore.layout import KVLayout
 from kvstore.namespace import Namespace
 
-
 # LoRA adapters in use, and resets of the engine's cache: some may be forgotten.
 _VARIANTS_MAX = 256
 # What multimodal inputs are made of, besides the inputs that a request names.

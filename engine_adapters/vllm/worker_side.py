@@ -145,11 +145,12 @@ class WorkerSide:
         for request_id, load in list(self._loads.items()):
             # Asked once: it may end any moment, and must not be forgotten before it is reported.
             ended = load.done
+            failed_chunk = load.failed_chunk() if ended else None
             if not load.received and (ended or self._may_release(load)):
                 load.received = True
                 untold.recving.add(request_id)
             if ended:
-                self._settle(load, load.failed_chunk())
+                self._settle(load, failed_chunk)
         for request_id in tuple(self._held):
             if request_id not in self._loads and not self._saves.busy(request_id):
                 self._held.remove(request_id)
