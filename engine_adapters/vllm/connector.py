@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -52,11 +53,11 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
         self._loading: set[str] = set()
         if role is KVConnectorRole.SCHEDULER:
             self._scheduler = _scheduler_side(vllm_config, settings, geometry)
-            self._finalize = weakref.finalize(self, self._scheduler.close)
+            self._finalize = weakref.finalize(self, _close, self._scheduler, os.getpid())
             _warn_of_policy(vllm_config.kv_transfer_config)
         else:
             self._worker = _worker_side(vllm_config, settings, geometry)
-            self._finalize = weakref.finalize(self, self._worker.close)
+            self._finalize = weakref.finalize(self, _close, self._worker, os.getpid())
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -247,6 +248,12 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
     @guarded(lambda self, request, _: self._keep_blocks(request))
     def _request_finished(self, request: Any, block_ids: list[int]) -> bool:
         return self._scheduler.finished(request, block_ids)
+
+
+def _close(half: SchedulerSide | WorkerSide, process: int) -> None:
+    # In a forked child, which has none of its threads, it is the parent's.
+    if os.getpid() == process:
+        half.close()
 
 
 def _scheduler_side(vllm_config: Any, settings: EngineSettings, geometry: Geometry) -> SchedulerSide:

@@ -29,7 +29,7 @@ class DoneSave:
 
 
 class SaveQueue:
-    """Saves one order after the other. Thread-safe, but for `save`, which its thread alone calls.
+    """Saves one order after the other, those first for which somebody waits. Thread-safe, but for `save`, which its thread alone calls.
 
     Behind a chunk that was not taken, later ones of its request would be of no use, and are left out.
     """
@@ -60,6 +60,10 @@ class SaveQueue:
     def flush(self, requests: Collection[str]) -> None:
         """Return when the blocks of these requests are needed no more. Waits for copies, not for uploads."""
         with self._changed:
+            # A step waits: for these alone, and in their own order, which sorting keeps.
+            self._waiting = deque(
+                sorted(self._waiting, key=lambda waiting: waiting[0].request_id not in requests)
+            )
             self._changed.wait_for(lambda: not any(self._unfinished[each] for each in requests))
 
     def busy(self, request_id: str) -> bool:

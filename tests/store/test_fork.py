@@ -53,9 +53,43 @@ store.close()
 """
 
 
+FINDER_SCRIPT = """
+import os, signal, sys
+sys.path.insert(0, "tests")
+from samples import LAYOUT, PREFIX, chain_of, settings_of
+from kvstore.backends.memory import MemoryBackend
+from kvstore.errors import StoreClosedError
+from kvstore.finder import ChunkFinder
+
+chain = chain_of(2)
+finder = ChunkFinder(LAYOUT, [LAYOUT.whole], settings_of(prefix=PREFIX), MemoryBackend())
+child = os.fork()
+if not child:
+    signal.alarm(20)
+    try:
+        finder.begin(chain.keys)
+    except StoreClosedError:
+        finder.close()
+        os._exit(0)
+    os._exit(1)
+status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+assert status == 0, status
+assert finder.begin(chain.keys).result(20) == 0
+finder.close()
+"""
+
+
 def test_after_a_fork_the_child_is_refused_and_the_parent_s_chunks_stay_as_they_are():
+    run(SCRIPT)
+
+
+def test_after_a_fork_a_finder_is_its_parent_s():
+    run(FINDER_SCRIPT)
+
+
+def run(script):
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SCRIPT],
+        [sys.executable, "-W", "ignore", "-c", script],
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,

@@ -55,3 +55,11 @@ def test_each_variant_has_a_namespace_of_its_own():
     variants = [Variant(), Variant("lora"), Variant("", "1 ab"), Variant("lora", "1 ab"), Variant("", "2 cd")]
     assert len({namespaces.of(variant).digest for variant in variants}) == len(variants)
     assert namespaces.of(Variant()) is NAMESPACE
+
+
+def test_namespaces_of_variants_long_gone_are_forgotten():
+    namespaces = Namespaces(NAMESPACE)
+    for number in range(1000):
+        namespaces.of(Variant("", f"{number} ab"))
+    assert len(namespaces._made) < 1000
+    assert namespaces.of(Variant("", "0 ab")) == Namespaces(NAMESPACE).of(Variant("", "0 ab"))

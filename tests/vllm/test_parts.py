@@ -110,6 +110,15 @@ def test_blocks_are_needed_until_they_are_copied(queue, saves):
     assert queue.take_done() == []
 
 
+def test_those_that_a_step_waits_for_are_saved_first(queue, saves):
+    queue.add([order(1), order(2), order(3, "b"), order(4), order(5, "b")], None)
+    saves.began.wait(30)
+    threading.Timer(0.1, saves.go.set).start()
+    queue.flush(["b"])
+    queue.flush(["a"])
+    assert saves.serials == [1, 3, 5, 2, 4]
+
+
 def test_behind_a_chunk_that_was_not_taken_others_of_its_request_are_left_out(queue, saves):
     saves.go.set()
     saves.taken = False
