@@ -29,9 +29,10 @@ class DoneSave:
 
 
 class SaveQueue:
-    """Saves one order after the other, those first for which somebody waits. Thread-safe, but for `save`, which its thread alone calls.
+    """Saves one order after the other, those first for which a step waits.
 
-    Behind a chunk that was not taken, later ones of its request would be of no use, and are left out.
+    Thread-safe, but for `save`, which its thread alone calls. Behind a chunk that was not taken, later
+    ones of its request would be of no use, and are left out.
     """
 
     def __init__(self, save: Save) -> None:

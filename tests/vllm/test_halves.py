@@ -178,7 +178,7 @@ def test_a_load_counts_as_ahead_of_what_one_step_computes(scheduler):
 
 
 def test_a_load_that_falls_short_on_every_rank_is_one_and_is_told_to_all(scheduler):
-    asked_to_load(scheduler, TOKENS + [1])
+    asked_to_load(scheduler, [*TOKENS, 1])
     for chunk in (2, 1):
         report = WorkerReport(ended={"r": 1}, failed={"r": chunk})
         scheduler.reported(output(kv_connector_worker_meta=report))
