@@ -147,6 +147,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
         orders = StepOrders(
             preempted=tuple(scheduler_output.preempted_req_ids or ()),
             finished=tuple(scheduler_output.finished_req_ids),
+            released=self._scheduler.released,
             tokens=scheduler_output.total_num_scheduled_tokens,
         )
         side = self._scheduler

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from kvstore.engine_adapters.vllm.weights import weights_revision
 from kvstore.layout import KVLayout
 from kvstore.namespace import Namespace
 
-# LoRA adapters in use, and resets of the engine's cache: some may be forgotten.
+# LoRA adapters, and resets of the engine's cache, whose namespaces are kept.
 _VARIANTS_MAX = 256
 # What multimodal inputs are made of, besides the inputs that a request names.
 _MULTIMODAL_FIELDS = (
@@ -28,24 +29,23 @@ _MULTIMODAL_FIELDS = (
 
 
 class Namespaces:
-    """The namespaces of one engine: its own, and one for each variant of it."""
+    """The namespaces of one engine: its own, and one for each variant of it. Thread-safe, bounded."""
 
     def __init__(self, base: Namespace) -> None:
         self.base = base
-        self._made: dict[Variant, Namespace] = {}
+        self._made = functools.lru_cache(_VARIANTS_MAX)(self._make)
 
     def of(self, variant: Variant) -> Namespace:
         """The namespace of requests of `variant`."""
+        return self._made(variant)
+
+    def _make(self, variant: Variant) -> Namespace:
         if variant == Variant():
             return self.base
-        if variant not in self._made:
-            if len(self._made) == _VARIANTS_MAX:
-                del self._made[next(iter(self._made))]
-            revision = self.base.weights_revision
-            if variant.generation:
-                revision = f"{revision}, reset {variant.generation}"
-            self._made[variant] = dataclasses.replace(self.base, lora=variant.lora, weights_revision=revision)
-        return self._made[variant]
+        revision = self.base.weights_revision
+        if variant.generation:
+            revision = f"{revision}, reset {variant.generation}"
+        return dataclasses.replace(self.base, lora=variant.lora, weights_revision=revision)
 
 
 def engine_namespace(vllm_config: Any, layout: KVLayout, fidelity: str, revision: str) -> Namespace:

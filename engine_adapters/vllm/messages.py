@@ -101,6 +101,7 @@ class StepOrders(KVConnectorMetadata):
     preempted     requests whose blocks others may use from this step on; their saves come first
     finished      requests that are over
     held          those of them whose blocks the engine keeps until they are reported
+    released      requests that may compute on a load that has not ended on some worker
     failed_loads  requests with a load that fell short on some worker: the engine computes in its blocks,
                   or gives them to others, once every worker has told of theirs
     """
@@ -110,6 +111,7 @@ class StepOrders(KVConnectorMetadata):
     preempted: tuple[str, ...] = ()
     finished: tuple[str, ...] = ()
     held: tuple[str, ...] = ()
+    released: tuple[str, ...] = ()
     failed_loads: tuple[str, ...] = ()
     tokens: int = 0
 

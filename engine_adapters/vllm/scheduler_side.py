@@ -143,6 +143,15 @@ class SchedulerSide:
         self.loads.append(LoadOrder(serial, request.request_id, None, tuple(block_ids), 0, awaited, 0))
         self._failed.stop(request.request_id)
 
+    @property
+    def released(self) -> tuple[str, ...]:
+        """Requests that may compute on a load that has not ended on some worker."""
+        return tuple(
+            request_id
+            for request_id, state in self._states.items()
+            if state.load is not None and state.load.received
+        )
+
     def plan_saves(self, scheduler_output: Any) -> list[SaveOrder]:
         """What to save beside this step: full chunks that earlier steps have computed."""
         for request_id in scheduler_output.preempted_req_ids or ():

@@ -91,7 +91,8 @@ class WorkerSide:
         self._seen_loads = set()
         self._awaited = []
         if orders.tokens:
-            self._await(load for load in self._loads.values() if load.received)
+            # Not those that only this rank has reported: nobody computes on them, though others wait.
+            self._await(load for load in self._loads.values() if load.order.request_id in orders.released)
 
     def start_loads(self, orders: StepOrders) -> None:
         """Start what is ordered. In the mode `whole`, return when the step may compute on it."""

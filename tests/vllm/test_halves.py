@@ -111,6 +111,15 @@ def test_a_load_that_fell_short_elsewhere_is_told_of_when_it_has_ended(worker):
     assert load.progress(2) is None
 
 
+def test_a_step_waits_for_a_load_only_once_every_rank_has_let_the_request_go_on(worker, mood):
+    mood.hanging = {"read"}
+    load = begin_load(worker, awaited=True)
+    worker.begin_step(StepOrders(tokens=1))
+    assert worker._awaited == []
+    worker.begin_step(StepOrders(tokens=1, released=("r",)))
+    assert worker._awaited == [load]
+
+
 def test_after_a_defect_blocks_that_are_told_to_be_free_are_not_saved(worker):
     orders = StepOrders(saves=[SAVE], held=("r",))
     worker.begin_step(orders)
@@ -184,6 +193,16 @@ def test_a_load_that_falls_short_on_every_rank_is_one_and_is_told_to_all(schedul
         scheduler.reported(output(kv_connector_worker_meta=report))
     assert scheduler.stats.take().data["loads_failed"] == 1
     assert "r" in scheduler.failed_loads
+
+
+def test_requests_go_on_when_the_engine_was_told_until_their_load_has_ended_on_every_rank(scheduler):
+    asked_to_load(scheduler, [*TOKENS, 1])
+    assert scheduler.released == ()
+    scheduler.reported(output(finished_recving={"r"}))
+    for _ in range(2):
+        assert scheduler.released == ("r",)
+        scheduler.reported(output(kv_connector_worker_meta=WorkerReport(ended={"r": 1})))
+    assert scheduler.released == ()
 
 
 def test_saves_that_are_dropped_are_planned_again(scheduler):
