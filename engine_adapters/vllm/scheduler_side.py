@@ -229,12 +229,13 @@ class SchedulerSide:
         """
         evicted = set(invalid)
         for block_ids in self._ended_blocks:
-            first = _first_in(invalid, block_ids)
-            evicted.update(block_ids[first:])
+            evicted.update(block_ids[_first_in(invalid, block_ids) :])
+        loading: set[int] = set()
         for request_id, request in self._requests.items():
-            if request.status is RequestStatus.WAITING_FOR_REMOTE_KVS:
-                continue
             (block_ids,) = manager.get_block_ids(request_id)
+            if request.status is RequestStatus.WAITING_FOR_REMOTE_KVS:
+                loading.update(block_ids)
+                continue
             first = _first_in(invalid, block_ids)
             if first == len(block_ids):
                 continue
@@ -247,8 +248,9 @@ class SchedulerSide:
             if not request.num_computed_tokens and request.status is not RequestStatus.RUNNING:
                 manager.free(request)
         manager.evict_blocks(evicted)
-        # Of requests that ended while the step ran: they may have been computed from such blocks.
-        self.drop_saves()
+        if not loading.issuperset(invalid):
+            # Requests that ended while the step ran may have been computed from such blocks.
+            self.drop_saves()
 
     def reset(self) -> None:
         """Use nothing any more that was stored before: the engine's weights may be others now."""

@@ -10,7 +10,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 
 # Counter by name, and what it counts. Tokens loaded are counted by tier: tokens_from_<tier>.
 COUNTERS = {
-    "tokens_offered": "Prompt tokens that the engine was told it can load",
+    "tokens_offered": "Tokens that lookups found and the engine asked for",
     "loads_begun": "Loads that the engine asked for",
     "loads_failed": "Loads that fell short, so that tokens were computed",
     "load_seconds": "Time that loads took, in sum over workers",

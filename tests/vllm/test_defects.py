@@ -102,6 +102,13 @@ def test_an_exception_in_any_call_is_a_miss(*, model, mood, prompts, answers, fr
     assert len(raised) > 40
 
 
+def test_where_even_giving_up_fails_the_engine_goes_on(model, mood, prompts, answers, monkeypatch):
+    with engine(model, transfer_config("memory://")) as one:
+        for name in ("finished", "give_up"):
+            monkeypatch.setattr(WorkerSide, name, lambda *_: 1 / 0)
+        assert one.generate(prompts) == answers
+
+
 def recover(one):
     """Forget what failed, and what the engine has in its own memory."""
     one.scheduler._failed._until.clear()

@@ -205,6 +205,26 @@ def test_requests_go_on_when_the_engine_was_told_until_their_load_has_ended_on_e
     assert scheduler.released == ()
 
 
+@pytest.mark.parametrize(
+    ("status", "left"), [(RequestStatus.WAITING_FOR_REMOTE_KVS, 1), (RequestStatus.RUNNING, 0)]
+)
+def test_saves_of_requests_that_ended_beside_a_load_that_failed_go_on_if_nobody_computed_on_it(
+    scheduler, status, left
+):
+    loading, over = request(TOKENS), request(some_prompt(2 * LAYOUT.chunk_tokens, 5))
+    loading.status, over.request_id = status, "over"
+    scheduler.arrived(loading)
+    scheduler.arrived(over)
+    assert offered_to(scheduler, over) == 0
+    over.num_computed_tokens = over.num_tokens
+    assert scheduler.finished(over, range(10, 14))
+    evicted = set()
+    manager = SimpleNamespace(get_block_ids=lambda _: ([1, 2, 3],), evict_blocks=evicted.update)
+    scheduler.recover({2}, manager)
+    assert 2 in evicted
+    assert len(scheduler._saves) == left
+
+
 def test_saves_that_are_dropped_are_planned_again(scheduler):
     tokens = some_prompt(2 * LAYOUT.chunk_tokens + 1, 5)
     asked = request(tokens)
