@@ -18,6 +18,8 @@ from moody_backend import Mood, MoodyBackend
 from tiny_llama import make_tiny_llama
 from vllm_engines import engine, some_prompt
 
+from kvstore.plan import FetchLimits
+
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
@@ -51,3 +53,9 @@ def mood(monkeypatch):
     for opener in ("kvstore.store.open_backend", "kvstore.finder.open_backend"):
         monkeypatch.setattr(opener, lambda settings: MoodyBackend(mood))
     return mood
+
+
+@pytest.fixture
+def layers_apart(monkeypatch):
+    """Loads read each layer by itself, which at a real model's size they do."""
+    monkeypatch.setattr("kvstore.assembly.FetchLimits", lambda: FetchLimits(first_bytes=1, worth_bytes=1))
