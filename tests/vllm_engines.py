@@ -13,6 +13,7 @@ from typing import Any
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.distributed.kv_transfer import get_kv_transfer_group
+from vllm.lora.request import LoRARequest
 
 BLOCK_TOKENS = 128
 CHUNK_TOKENS = 256
@@ -64,13 +65,17 @@ class Engine:
         return int(_total(self.worker._store.metrics.missed_chunks))
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], tokens: int = 12, salts: Sequence[str] | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        tokens: int = 12,
+        salts: Sequence[str] | None = None,
+        lora: LoRARequest | None = None,
     ) -> list[tuple[int, ...]]:
         """Greedy answers, `tokens` long."""
         inputs: list[dict[str, Any]] = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         for each, salt in zip(inputs, salts or (), strict=False):
             each["cache_salt"] = salt
-        outputs = self.llm.generate(inputs, _greedy(tokens), use_tqdm=False)
+        outputs = self.llm.generate(inputs, _greedy(tokens), use_tqdm=False, lora_request=lora)
         return [tuple(output.outputs[0].token_ids) for output in outputs]
 
     def begin(self, name: str, prompt: Sequence[int], tokens: int = 12) -> None:
