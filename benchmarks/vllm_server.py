@@ -28,10 +28,10 @@ class VllmServer:
         self._url = f"http://127.0.0.1:{port}"
         self._model = model
 
-    def complete(self, prompt: list[int], tokens: int = 8) -> str:
-        """The greedy answer, over HTTP."""
+    def complete(self, prompt: list[int], tokens: int = 8) -> tuple[int, ...]:
+        """The greedy answer's tokens, over HTTP."""
         with self._ask(prompt, tokens, stream=False) as answer:
-            return str(json.load(answer)["choices"][0]["text"])
+            return tuple(json.load(answer)["choices"][0]["token_ids"])
 
     def first_token_s(self, prompt: list[int]) -> float:
         """Seconds until the first token is here."""
@@ -48,6 +48,7 @@ class VllmServer:
             "temperature": 0,
             "ignore_eos": True,
             "stream": stream,
+            "return_token_ids": True,
         }
         request = urllib.request.Request(
             f"{self._url}/v1/completions",

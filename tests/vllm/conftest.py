@@ -15,10 +15,13 @@ os.environ |= {
 
 import pytest
 from moody_backend import Mood, MoodyBackend
+from real_servers import clean_environment, rgw
 from tiny_llama import make_tiny_llama
 from vllm_engines import engine, some_prompt
 
 from kvstore.plan import FetchLimits
+
+__all__ = ["clean_environment", "rgw"]
 
 
 @pytest.fixture(scope="session")
