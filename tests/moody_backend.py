@@ -10,14 +10,20 @@ from kvstore.backends.memory import MemoryBackend
 from kvstore.backends.throttle import ThrottledBackend
 from kvstore.errors import RetryableError
 
+_POLL_S = 0.002
+
 
 @dataclass
 class Mood:
-    """What becomes of operations (`read`, `put`, `head`), from now on, of every backend that shares it."""
+    """What becomes of operations (`read`, `put`, `head`), from now on, of every backend that shares it.
+
+    held_from  reads of what lies at this offset of an object, or behind it, wait until it is math.inf
+    """
 
     failing: set[str] = field(default_factory=set)
     hanging: set[str] = field(default_factory=set)
     late_s: float = 0.0
+    held_from: float = math.inf
     objects: dict = field(default_factory=dict)
 
 
@@ -36,6 +42,8 @@ class MoodyBackend(ThrottledBackend):
         await asyncio.sleep(self._mood.late_s)
 
     async def read_into(self, name, offset, out, *, if_match=None):
+        while offset >= self._mood.held_from:  # noqa: ASYNC110 a test changes it from its own thread
+            await asyncio.sleep(_POLL_S)
         await self._strike("read")
         return await super().read_into(name, offset, out, if_match=if_match)
 

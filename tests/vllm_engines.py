@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.distributed.kv_transfer import get_kv_transfer_group
+from vllm.lora.request import LoRARequest
 
 BLOCK_TOKENS = 128
 CHUNK_TOKENS = 256
@@ -64,15 +65,37 @@ class Engine:
         return int(_total(self.worker._store.metrics.missed_chunks))
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], tokens: int = 12, salts: Sequence[str] | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        tokens: int = 12,
+        salts: Sequence[str] | None = None,
+        lora: LoRARequest | None = None,
     ) -> list[tuple[int, ...]]:
         """Greedy answers, `tokens` long."""
         inputs: list[dict[str, Any]] = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         for each, salt in zip(inputs, salts or (), strict=False):
             each["cache_salt"] = salt
-        sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
-        outputs = self.llm.generate(inputs, sampling, use_tqdm=False)
+        outputs = self.llm.generate(inputs, _greedy(tokens), use_tqdm=False, lora_request=lora)
         return [tuple(output.outputs[0].token_ids) for output in outputs]
+
+    def begin(self, name: str, prompt: Sequence[int], tokens: int = 12) -> None:
+        """Add a request, for which no step is taken yet."""
+        self.llm.llm_engine.add_request(name, {"prompt_token_ids": list(prompt)}, _greedy(tokens))
+
+    def step_until(self, condition: Callable[[], bool]) -> None:
+        """Take steps until it holds after one of them."""
+        until_s = time.monotonic() + PATIENCE_S
+        while not condition():
+            assert time.monotonic() < until_s
+            self.llm.llm_engine.step()
+
+    def finish(self) -> dict[str, tuple[int, ...]]:
+        """Take steps until all requests that were begun have their answers; those, by name."""
+        answers = {}
+        while self.llm.llm_engine.has_unfinished_requests():
+            for output in self.llm.llm_engine.step():
+                answers[output.request_id] = tuple(output.outputs[0].token_ids)
+        return answers
 
     def forget(self) -> None:
         """Empty the engine's own prefix cache, and the store's memory; what is in the bucket stays."""
@@ -114,6 +137,10 @@ def engine(model: Path, config: dict[str, Any] | None = None, **options: Any) ->
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
+
+
+def _greedy(tokens: int) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
 
 
 def some_prompt(tokens: int, seed: int = 0) -> list[int]:

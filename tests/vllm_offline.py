@@ -7,6 +7,7 @@ engine's counters by name.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,12 +16,23 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run_offline(model: Path, prompts: list[list[int]], tokens: int = 8, **options: Any) -> dict[str, Any]:
-    """Start a process, have it answer the prompts, and return what it printed last."""
+def run_offline(
+    model: Path,
+    prompts: list[list[int]],
+    *,
+    environment: dict[str, str],
+    tokens: int = 8,
+    **options: Any,
+) -> dict[str, Any]:
+    """Start a process, have it answer the prompts, and return what it printed last.
+
+    environment  on top of this process's own
+    """
     task = {"model": str(model), "prompts": prompts, "tokens": tokens, "options": options}
     done = subprocess.run(
         [sys.executable, "-m", "tests.vllm_offline", json.dumps(task)],
         cwd=ROOT,
+        env=os.environ | environment,
         capture_output=True,
         text=True,
         timeout=280,

@@ -15,8 +15,13 @@ os.environ |= {
 
 import pytest
 from moody_backend import Mood, MoodyBackend
+from real_servers import clean_environment, rgw
 from tiny_llama import make_tiny_llama
 from vllm_engines import engine, some_prompt
+
+from kvstore.plan import FetchLimits
+
+__all__ = ["clean_environment", "rgw"]
 
 
 @pytest.fixture(scope="session")
@@ -51,3 +56,9 @@ def mood(monkeypatch):
     for opener in ("kvstore.store.open_backend", "kvstore.finder.open_backend"):
         monkeypatch.setattr(opener, lambda settings: MoodyBackend(mood))
     return mood
+
+
+@pytest.fixture
+def layers_apart(monkeypatch):
+    """Loads read each layer by itself, which at a real model's size they do."""
+    monkeypatch.setattr("kvstore.assembly.FetchLimits", lambda: FetchLimits(first_bytes=1, worth_bytes=1))

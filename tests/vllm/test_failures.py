@@ -7,9 +7,12 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 import pytest
+from bucket_folders import chunk_files, flip_sections
 from vllm_engines import engine, some_prompt, transfer_config
 
 import kvstore.chunk_fetch
+
+pytestmark = pytest.mark.usefixtures("layers_apart")
 
 MODES = [("auto", "true"), ("layerwise", "true"), ("layerwise", "false"), ("whole", "false")]
 
@@ -25,16 +28,9 @@ def config_for(mode, bucket="memory://", **settings):
     )
 
 
-def flip_sections(bucket):
-    """Damage every layer of every chunk in a folder, and nothing of their headers."""
-    for path in Path(urlparse(bucket).path).rglob("*"):
-        if path.is_file() and path.suffix != ".json":
-            data = bytearray(path.read_bytes())
-            # The byte of a float32 that has its sign and most of its exponent.
-            for at in range(8192 + 3, len(data), 16):
-                data[at] ^= 0x81
-            path.chmod(0o600)
-            path.write_bytes(data)
+def damage_all(bucket):
+    for path in chunk_files(Path(urlparse(bucket).path)):
+        flip_sections(path)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +50,7 @@ def filled(stored, tmp_path):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_p3_a_poisoned_store_changes_nothing(model, prompts, answers, filled, mode):
-    flip_sections(filled)
+    damage_all(filled)
     with engine(model, config_for(mode, filled)) as one:
         assert one.generate(prompts) == answers
         assert one.missed_chunks
@@ -69,7 +65,7 @@ def test_p3_a_poisoned_store_changes_nothing(model, prompts, answers, filled, mo
 def test_loads_matter_as_a_poisoned_store_with_checksums_off_changes_tokens(
     model, prompts, answers, filled, monkeypatch
 ):
-    flip_sections(filled)
+    damage_all(filled)
     monkeypatch.setattr(kvstore.chunk_fetch, "verify_section", lambda *_: None)
     with engine(model, config_for(MODES[0], filled)) as one:
         poisoned = one.generate(prompts)

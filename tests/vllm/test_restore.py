@@ -21,8 +21,9 @@ def test_what_one_engine_saved_another_loads(*, model, bucket, prompts, answers,
         assert second.missed_chunks == 0
 
 
-def test_without_the_engines_own_prefix_cache(model, bucket, prompts, answers):
-    config = transfer_config(bucket)
+@pytest.mark.parametrize(("mode", "asynchronous"), [("auto", "true"), ("layerwise", "false")])
+def test_without_the_engines_own_prefix_cache(*, model, bucket, prompts, answers, mode, asynchronous):
+    config = transfer_config(bucket, KVSTORE_VLLM_LOAD=mode, KVSTORE_VLLM_ASYNC=asynchronous)
     with engine(model, config, enable_prefix_caching=False) as one:
         assert one.generate(prompts) == answers
         assert one.generate(prompts) == answers

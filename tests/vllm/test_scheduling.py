@@ -1,9 +1,8 @@
-"""The same tokens whatever the scheduler does: chunked prefill, preemption, aborts, salts."""
+"""The same tokens whatever the scheduler does: chunked prefill, preemption, salts, resets."""
 
 from __future__ import annotations
 
 import pytest
-from vllm import SamplingParams
 from vllm_engines import CHUNK_TOKENS, engine, some_prompt, transfer_config
 
 MODES = [("auto", "true"), ("layerwise", "true"), ("layerwise", "false")]
@@ -92,28 +91,6 @@ def test_p12_another_cache_salt_shares_nothing(model, bucket, prompts, answers):
             one.forget()
         assert one.generate(prompts, salts=["a", "a", "b"]) == answers
         assert one.loaded_chunks == 2 + 4 + 1
-
-
-def test_abort_while_loading_frees_blocks_and_harms_nobody(model, mood, prompts, answers):
-    with engine(model, transfer_config("memory://")) as one:
-        assert one.generate(prompts) == answers
-        one.forget()
-        free = one.core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
-        llm_engine = one.llm.llm_engine
-        sampling = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-        mood.late_s = 0.5
-        for number, prompt in enumerate(prompts):
-            llm_engine.add_request(f"gone-{number}", {"prompt_token_ids": prompt}, sampling)
-        while not one.worker._loads:
-            llm_engine.step()
-        llm_engine.abort_request([f"gone-{number}" for number in range(len(prompts))])
-        while llm_engine.has_unfinished_requests() or one.core.scheduler.has_finished_requests():
-            one.core.step()
-        assert one.core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == free
-        assert not one.scheduler._states
-        assert not one.worker._loads
-        mood.late_s = 0.0
-        assert one.generate(prompts) == answers
 
 
 def test_a_reset_cache_uses_nothing_that_was_stored_before(model, bucket, prompts, answers):
