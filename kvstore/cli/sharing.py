@@ -73,14 +73,15 @@ async def survey(backend: Backend, prefix: str, first: str) -> Survey:
             batch: list[str] = []
             last = ""
             async for each in namespaces(backend, prefix):
-                if not isinstance(each, str) or each == first:
+                if not isinstance(each, str):
                     continue
                 # A store whose listings begin anew would be listed for ever.
                 if each <= last or len(found.seen) + len(batch) >= NAMESPACES_MAX:
                     found.complete = False
                     break
                 last = each
-                batch.append(each)
+                if each != first:
+                    batch.append(each)
                 if len(batch) == _AT_ONCE:
                     await _look(backend, prefix, batch, found)
                     batch = []
@@ -117,7 +118,8 @@ async def check_namespaces(site: Site) -> Outcome:
     """In which facts namespaces of one model differ: information, no judgement."""
     found = await survey(site.backend, site.settings.prefix, "")
     models = found.models()
-    lines = [f"{_count(found)}, {len(models)} models" if found.seen else "no engine has stored anything yet"]
+    of_models = "1 model" if len(models) == 1 else f"{len(models)} models"
+    lines = [f"{_count(found)}, of {of_models}" if found.seen else "no engine has stored anything yet"]
     apart = {}
     for group in [each for each in models.values() if len(each) > 1][:_TOLD_MAX]:
         differing = differences(group)
@@ -169,7 +171,7 @@ async def check_namespace(site: Site, name: str) -> Outcome:
 def _count(found: Survey) -> str:
     number = len(found.seen)
     text = f"{number} namespace" if number == 1 else f"{number} namespaces"
-    return text if found.complete else f"{text} looked at, and there are more"
+    return text if found.complete else f"{text} looked at (there are more)"
 
 
 def _models(found: Survey) -> str:
