@@ -15,10 +15,11 @@ from kvstore.cli.exits import ExitCode
 from kvstore.cli.options import Call
 from kvstore.cli.output import Output, printable
 from kvstore.cli.sharing import namespaces_check
+from kvstore.engine_adapters.vllm.settings import VLLMSettings
 from kvstore.errors import MisconfiguredError
 from kvstore.listing import NAMESPACE_NAME
 from kvstore.masking import without_user
-from kvstore.settings import ResolvedSettings, resolve_settings
+from kvstore.settings import ResolvedSettings, resolve_settings_of
 
 CHECK_TIMEOUT_S = 10.0
 _STYLES = {Status.PASS: "green", Status.WARN: "yellow", Status.FAIL: "bold red", Status.SKIP: "dim"}
@@ -68,7 +69,7 @@ def examine_store(call: Call, namespace: str = "", timeout_s: float = CHECK_TIME
         )
     report = Report(call.output)
     try:
-        resolved = resolve_settings(call.flags)
+        resolved = resolve_settings_of(VLLMSettings, call.flags)
     except MisconfiguredError as error:
         report.add("settings", "settings", refused(error))
         return report.close()
@@ -93,7 +94,7 @@ async def _examine(
             report.add("clean_up", "clean up", remainder)
 
 
-def _summary(resolved: ResolvedSettings) -> str:
+def _summary(resolved: ResolvedSettings[VLLMSettings]) -> str:
     origins = Counter(resolved.origins.values())
     counts = ", ".join(f"{count} by {origin}" for origin, count in sorted(origins.items()))
     bucket = without_user(resolved.settings.bucket)
