@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from kvstore.engine_adapters.vllm.settings import VLLMSettings
 from kvstore.errors import MissReason
 from kvstore.handles import SaveOutcome
 from kvstore.metrics import Metrics
 from kvstore.presence import DAMAGE
-from kvstore.engine_adapters.vllm.settings import VLLMSettings
 from kvstore.settings import CONFIG_VARIABLE, variable
 
 ROOT = Path(__file__).parents[2]

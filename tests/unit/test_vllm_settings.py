@@ -38,7 +38,7 @@ def resolved(**extra_config):
 
 
 def test_names_of_an_adapters_own_settings_begin_with_its_name():
-    assert OWN == {"vllm_load", "vllm_async"}
+    assert {"vllm_load", "vllm_async"} == OWN
 
 
 def test_they_come_from_extra_config_environment_and_file_in_this_order(config, monkeypatch):
@@ -85,7 +85,7 @@ def test_a_slip_in_a_variable_of_the_adapter_is_warned_of(monkeypatch, caplog):
 
 def test_a_slip_in_the_file_is_an_error_that_names_the_nearest(config):
     config("vllm_asink = true")
-    with pytest.raises(MisconfiguredError, match="did you mean vllm_async?"):
+    with pytest.raises(MisconfiguredError, match=r"did you mean vllm_async\?"):
         resolved()
 
 
