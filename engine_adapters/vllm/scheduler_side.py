@@ -283,6 +283,16 @@ class SchedulerSide:
         state.saved_chunks = min(state.saved_chunks, state.load.first_chunk + chunk)
         state.forget_lookup()
 
+    def _uploaded(self, serial: int, ranks: int, chunks: int) -> None:
+        upload = self._uploads.ended(serial, ranks, chunks)
+        if upload is None:
+            return
+        self.events.stored(upload.event, upload.chunks)
+        lost = upload.keys[upload.chunks :]
+        if lost:
+            # Some rank may have it in memory for a while, and the bucket has not: ask before it is offered.
+            self._finder.note_missed(lost)
+
     def _gathered(self, serial: int, ranks: int, taken: int) -> None:
         save = self._open.get(serial)
         if save is None:
@@ -302,13 +312,3 @@ class SchedulerSide:
             self._finder.note_stored(save.keys)
             self._failed.remove(save.keys)
             self.stats.add("chunks_saved", len(save.keys))
-
-    def _uploaded(self, serial: int, ranks: int, chunks: int) -> None:
-        upload = self._uploads.ended(serial, ranks, chunks)
-        if upload is None:
-            return
-        self.events.stored(upload.event, upload.chunks)
-        lost = upload.keys[upload.chunks :]
-        if lost:
-            # Some rank may have it in memory for a while, and the bucket has not: ask before it is offered.
-            self._finder.note_missed(lost)
