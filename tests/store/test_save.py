@@ -48,8 +48,10 @@ def test_saving_returns_before_anything_is_stored_and_its_outcome_comes_later(op
     remote = store.save(CHAIN, range(4), pages, until=Durability.REMOTE)
     with pytest.raises(TimeoutError):
         remote.wait(0)
+    assert not handle.done
     gate.open()
     assert remote.wait(PATIENCE_S) == handle.outcomes() == dict.fromkeys(range(4), STORED)
+    assert handle.done
     assert store.metrics.value("kvstore_saved_chunks_total", outcome="stored") == 4
 
 
