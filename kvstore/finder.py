@@ -14,6 +14,7 @@ from kvstore.backends.metered import MeteredBackend
 from kvstore.backends.opening import open_backend
 from kvstore.codecs.section_codecs import SectionCodecs
 from kvstore.event_loop import EventLoopThread
+from kvstore.gc.watch import MarkWatch
 from kvstore.keys import ChunkKey
 from kvstore.layout import ChunkForm, KVLayout, Shard
 from kvstore.lookup import Lookups
@@ -27,6 +28,9 @@ _log = logging.getLogger("kvstore")
 
 class ChunkFinder:
     """Says how many leading chunks are present in every shard. Keeps no chunk: no arena, no disk tier.
+
+    What a garbage collection is about to remove counts as absent. What is found counts as used: engines
+    load it, or have it in a cache of their own, of which no store hears.
 
     Thread-safe. Trouble with the backend is never raised: what cannot be asked for counts as absent.
     """
@@ -52,6 +56,7 @@ class ChunkFinder:
             metrics=self.metrics,
             warn=warn,
         )
+        presences = {shard: Presence(settings.presence_ttl_s) for shard in shards}
         self._lookups = [
             Lookups(
                 backend=self._backend,
@@ -60,11 +65,15 @@ class ChunkFinder:
                 shard=shard,
                 memory=None,
                 disk=None,
-                presence=Presence(settings.presence_ttl_s),
+                presence=presence,
                 metrics=self.metrics,
                 warn=warn,
             )
-            for shard in dict.fromkeys(shards)
+            for shard, presence in presences.items()
+        ]
+        self._watches = [
+            MarkWatch(self._backend, settings.prefix, shard, presence, warn)
+            for shard, presence in presences.items()
         ]
         self._closed = False
         self._loop = EventLoopThread(workers=1)
@@ -82,7 +91,7 @@ class ChunkFinder:
                 return self._loop.submit(self._count(keys))
             counts.append(known.chunks)
         done: Future[int] = Future()
-        done.set_result(min(counts))
+        done.set_result(self._used(keys, min(counts)))
         return done
 
     def note_stored(self, keys: Iterable[ChunkKey]) -> None:
@@ -109,7 +118,12 @@ class ChunkFinder:
     async def _count(self, keys: Sequence[ChunkKey]) -> int:
         async with asyncio.TaskGroup() as tasks:
             asked = [tasks.create_task(each.run(keys, self._timeout_s)) for each in self._lookups]
-        return min(task.result().chunks for task in asked)
+        return self._used(keys, min(task.result().chunks for task in asked))
+
+    def _used(self, keys: Sequence[ChunkKey], count: int) -> int:
+        for watch in self._watches:
+            watch.note_used(keys[:count])
+        return count
 
     async def _connect(self, probe: str) -> None:
         # Loading an S3 client takes longer than a lookup may; what comes of it the breaker sees.
@@ -117,6 +131,11 @@ class ChunkFinder:
             await self._backend.head(probe)
         except Exception as error:
             _log.warning("%s cannot be asked, engines compute cold: %s", self._backend.location, error)
+            for watch in self._watches:
+                watch.start_later()
+            return
+        for watch in self._watches:
+            await watch.start()
 
     async def _disconnect(self) -> None:
         try:

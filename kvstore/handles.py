@@ -251,6 +251,11 @@ class SaveHandle:
                 raise TimeoutError(f"{len(late)} chunks were not {_DONE[self._until]} within {timeout_s} s")
         return self.outcomes()
 
+    @property
+    def done(self) -> bool:
+        """Whether every chunk has come as far as it will, whatever was asked for."""
+        return all(chunk.ended.done() for chunk in self._chunks.values())
+
     def outcomes(self) -> dict[int, SaveOutcome]:
         """What is known now, without waiting."""
         chunks = {index: chunk.outcome for index, chunk in self._chunks.items()}

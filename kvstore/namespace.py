@@ -67,6 +67,18 @@ class Namespace:
         """Canonical JSON of `describe`: what the digest is taken of and namespace.json holds."""
         return self._document
 
+    @property
+    def summary(self) -> str:
+        """The namespace in one line, for people: not all of it."""
+        lora = f", LoRA {self.lora}" if self.lora else ""
+        fidelity = "" if self.fidelity == LOSSLESS else f", {self.fidelity}"
+        layout = self.layout
+        return (
+            f"{self.model} @ {self.weights_revision}{lora}{fidelity}, {layout.dtype}, "
+            f"{layout.layers} layers x {layout.kv_heads} kv heads x {layout.head_dim}, "
+            f"{layout.page_form}, {layout.chunk_tokens} tokens a chunk"
+        )
+
     @classmethod
     def from_document(cls, document: bytes) -> Namespace | None:
         """The namespace that `document` describes; None unless `document()` would give just these bytes.

@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
 import platformdirs
 from pydantic import (
@@ -37,6 +37,7 @@ from kvstore.quantities import seconds_of, size_text_of, size_with_unit
 
 ENV_PREFIX = "KVSTORE_"
 CONFIG_VARIABLE = "KVSTORE_CONFIG"
+_ADAPTERS = Path(__file__).parent / "engine_adapters"
 _log = logging.getLogger("kvstore.settings")
 
 
@@ -114,6 +115,9 @@ Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1, le=4096)]
 class Settings(BaseSettings):
     """Every setting of a node. Environment names are `KVSTORE_` and the field's name in capitals.
 
+    An engine's adapter that has settings of its own adds them in a subclass, in its `settings.py`; their
+    names begin with the adapter's. Here they are neither known nor complained of.
+
     The description of a field says what it takes; error messages and `kvstore config` show it.
     """
 
@@ -174,14 +178,6 @@ class Settings(BaseSettings):
         "",
         description="a name for the exact weights that vLLM serves, such as a commit; empty where its "
         "adapter is to find it out",
-    )
-    vllm_load: Literal["auto", "whole", "layerwise"] = Field(
-        "auto",
-        description="whole, layerwise or auto: when vLLM may compute on what it loads; once all is there, "
-        "once the first layer is, or once the rest is expected in time",
-    )
-    vllm_async: bool = Field(
-        default=True, description="true or false: whether vLLM serves other requests while one is loaded"
     )
     tenant_salt: Annotated[SecretStr, AfterValidator(_check_salt)] = Field(
         SecretStr(""), description="a secret text; tenants with different salts never share chunks"
@@ -268,46 +264,56 @@ class Settings(BaseSettings):
         return (init_settings,)
 
 
+Schema = TypeVar("Schema", bound=Settings)
+
+
 @dataclass(frozen=True)
-class ResolvedSettings:
+class ResolvedSettings(Generic[Schema]):
     """Settings and, by field name, where each value came from, in words for people."""
 
-    settings: Settings
+    settings: Schema
     origins: Mapping[str, str]
 
 
-def resolve_settings(flags: Mapping[str, Any] | None = None) -> ResolvedSettings:
+def resolve_settings(flags: Mapping[str, Any] | None = None) -> ResolvedSettings[Settings]:
     """Merge flags over environment over the KVSTORE_CONFIG file over defaults.
 
     Raises MisconfiguredError that names the variable, its value and what it takes.
     """
-    _warn_of_unknown_variables()
+    return resolve_settings_of(Settings, flags)
+
+
+def resolve_settings_of(
+    schema: type[Schema], flags: Mapping[str, Any] | None = None
+) -> ResolvedSettings[Schema]:
+    """As `resolve_settings`, with an adapter's settings among them: those that `schema` adds."""
+    _warn_of_unknown_variables(schema)
     path = os.environ.get(CONFIG_VARIABLE, "")
     layers = [
         ("flag", dict(flags or {})),
-        ("environment", EnvSettingsSource(Settings)()),
-        (f"file {path}", _read_file(path) if path else {}),
+        ("environment", EnvSettingsSource(schema)()),
+        (f"file {path}", _without_others(schema, _read_file(path)) if path else {}),
     ]
     for origin, layer in layers:
-        unknown = sorted(layer.keys() - Settings.model_fields.keys())
+        unknown = sorted(layer.keys() - schema.model_fields.keys())
         if unknown:
-            known = ", ".join(Settings.model_fields)
-            near = _nearest(unknown[0], Settings.model_fields)
+            known = ", ".join(schema.model_fields)
+            near = _nearest(unknown[0], schema.model_fields)
             question = f"did you mean {near}? " if near else ""
             raise MisconfiguredError(
                 f"{unknown[0]!r} in the {origin} is no setting; {question}known: {known}"
             )
     values: dict[str, Any] = {}
-    origins = dict.fromkeys(Settings.model_fields, "default")
+    origins = dict.fromkeys(schema.model_fields, "default")
     for origin, layer in layers:
         for name, value in layer.items():
             if name not in values:
                 values[name] = value
                 origins[name] = origin
     try:
-        return ResolvedSettings(Settings(**values), origins)
+        return ResolvedSettings(schema(**values), origins)
     except ValidationError as error:
-        raise MisconfiguredError(_explain(error, origins)) from None
+        raise MisconfiguredError(_explain(schema, error, origins)) from None
 
 
 def load_settings(**flags: Any) -> Settings:
@@ -320,15 +326,28 @@ def variable(field: str) -> str:
     return ENV_PREFIX + field.upper()
 
 
-def _warn_of_unknown_variables() -> None:
+def _warn_of_unknown_variables(schema: type[Settings]) -> None:
     # A warning, not an error: nodes of one fleet may run different versions under one environment.
-    known = {variable(name) for name in Settings.model_fields} | {CONFIG_VARIABLE}
+    known = {variable(name) for name in schema.model_fields} | {CONFIG_VARIABLE}
     for name in sorted(os.environ):
-        if name.startswith(ENV_PREFIX) and name not in known:
+        if name.startswith(ENV_PREFIX) and name not in known and not _is_of_another(schema, name):
             # All begin alike, which makes none nearer.
             near = _nearest(name.removeprefix(ENV_PREFIX), [each.removeprefix(ENV_PREFIX) for each in known])
             hint = f"did you mean {ENV_PREFIX}{near}?" if near else "known: see `kvstore config`"
             _log.warning("%s is set but is no setting of this version; %s", name, hint)
+
+
+def _without_others(schema: type[Settings], layer: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in layer.items() if not _is_of_another(schema, variable(name))}
+
+
+def _is_of_another(schema: type[Settings], name: str) -> bool:
+    """Whether a variable is for an adapter whose settings are not in `schema`: it looks at them itself."""
+    owner = name.removeprefix(ENV_PREFIX).partition("_")[0].lower()
+    if any(field.startswith(f"{owner}_") for field in schema.model_fields):
+        return False
+    # Not imported: that would load an engine.
+    return owner.isidentifier() and (_ADAPTERS / owner / "settings.py").is_file()
 
 
 def _nearest(name: str, known: Iterable[str]) -> str | None:
@@ -347,7 +366,7 @@ def _read_file(path: str) -> dict[str, Any]:
         ) from None
 
 
-def _explain(error: ValidationError, origins: Mapping[str, str]) -> str:
+def _explain(schema: type[Settings], error: ValidationError, origins: Mapping[str, str]) -> str:
     lines = []
     for problem in error.errors():
         reason = problem["msg"].removeprefix("Value error, ")
@@ -356,7 +375,7 @@ def _explain(error: ValidationError, origins: Mapping[str, str]) -> str:
             lines.append(reason)
             continue
         name = str(problem["loc"][0])
-        field = Settings.model_fields[name]
+        field = schema.model_fields[name]
         secret = field.annotation is SecretStr
         value = "****" if secret else without_user(repr(problem["input"]))
         lines.append(

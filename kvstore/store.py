@@ -117,6 +117,16 @@ class KVStore:
         except (TimeoutError, concurrent.futures.CancelledError):
             return False
 
+    def describe(self, namespace: Namespace) -> None:
+        """Say in the bucket what a namespace is, though nothing is saved under it yet. Returns at once.
+
+        For an engine's start, so that people can compare its namespace with others that the bucket holds.
+        Trouble with the backend is only logged. Raises as `chain` does.
+        """
+        self._check_open()
+        self._check_namespace(namespace)
+        self._loop.submit(self._parts.writes.describe(namespace))
+
     def chain(
         self,
         namespace: Namespace,

@@ -113,6 +113,15 @@ class WriteBehind:
         if self._disk is not None:
             await self._disk.backlog.close()
 
+    async def describe(self, namespace: Namespace) -> None:
+        """Say in the bucket what a namespace is, before anything is saved under it. On the loop."""
+        try:
+            async with asyncio.timeout(self._limits.timeout_s):
+                await self._uploader.describe(namespace.name, namespace.document())
+        except (KVStoreError, TimeoutError) as error:
+            # The first chunk that is stored will be described, too.
+            _log.info("what namespace %s is could not be written down yet: %r", namespace.name, error)
+
     def find(self, key: ChunkKey) -> SavedChunk | None:
         """The save of this chunk that is under way."""
         with self._changed:

@@ -14,6 +14,7 @@ from typing import Any, NoReturn, Self
 
 from transformers import PreTrainedModel
 
+from kvstore.engine_adapters.namespace_words import namespace_words
 from kvstore.engine_adapters.transformers.attached_model import AttachedModel
 from kvstore.engine_adapters.transformers.bypass import BypassReason, bypass_by_arguments, bypass_by_model
 from kvstore.engine_adapters.transformers.generate_call import GenerateCall, GenerateReport
@@ -74,6 +75,8 @@ def attach(
     on_gpu = all(device.type == "cuda" for device in geometry.devices)
     used = _connected_store(layout, settings, on_gpu=on_gpu) if store is None else store
     namespace = dataclasses.replace(namespace, fidelity=used.fidelity)
+    _log.info("%s", namespace_words(namespace))
+    used.describe(namespace)
     copier = page_copier(used.form, geometry.devices, used.tensor_codec)
     attached = AttachedModel(model, geometry, weights, namespace, used, copier, WarnRarely(_log))
     return Attachment(attached, owns_store=store is None)

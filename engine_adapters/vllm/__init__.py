@@ -7,6 +7,20 @@
 See docs/vllm.md.
 """
 
-from kvstore.engine_adapters.vllm.connector import KVStoreConnector
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvstore.engine_adapters.vllm.connector import KVStoreConnector
 
 __all__ = ["KVStoreConnector"]
+
+
+def __getattr__(name: str) -> Any:
+    # The adapter's settings are for processes without vLLM, too.
+    if name != "KVStoreConnector":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from kvstore.engine_adapters.vllm.connector import KVStoreConnector
+
+    return KVStoreConnector

@@ -23,23 +23,28 @@ class CacheEvents:
         self._enabled = enabled
         self._events: list[KVCacheEvent] = []
 
-    def stored(self, keys: Sequence[ChunkKey], request: Any) -> None:
-        """Consecutive chunks of a request were taken for the store."""
+    def of_stored(self, keys: Sequence[ChunkKey], request: Any) -> BlockStored | None:
+        """What `stored` is to tell of consecutive chunks of a request; None: nobody wants to know."""
         if not self._enabled:
-            return
+            return None
         step, lora = self._chunk_tokens, request.lora_request
         first = keys[0].depth
-        self._events.append(
-            BlockStored(
-                block_hashes=[key.hash for key in keys],
-                parent_block_hash=keys[0].parent if first else None,
-                token_ids=list(request.all_token_ids[first * step : (first + len(keys)) * step]),
-                block_size=step,
-                lora_id=lora.lora_int_id if lora else None,
-                medium=MEDIUM,
-                lora_name=lora.lora_name if lora else None,
-            )
+        return BlockStored(
+            block_hashes=[key.hash for key in keys],
+            parent_block_hash=keys[0].parent if first else None,
+            token_ids=list(request.all_token_ids[first * step : (first + len(keys)) * step]),
+            block_size=step,
+            lora_id=lora.lora_int_id if lora else None,
+            medium=MEDIUM,
+            lora_name=lora.lora_name if lora else None,
         )
+
+    def stored(self, event: BlockStored | None, chunks: int) -> None:
+        """So many leading chunks of an event are in the bucket, every shard of them."""
+        if event is not None and chunks:
+            event.block_hashes = event.block_hashes[:chunks]
+            event.token_ids = event.token_ids[: chunks * self._chunk_tokens]
+            self._events.append(event)
 
     def removed(self, keys: Sequence[ChunkKey]) -> None:
         """Chunks could not be loaded."""

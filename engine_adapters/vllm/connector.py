@@ -18,6 +18,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
+from kvstore.engine_adapters.namespace_words import namespace_words
 from kvstore.engine_adapters.vllm.cache_events import CacheEvents
 from kvstore.engine_adapters.vllm.engine_namespace import Namespaces, engine_namespace
 from kvstore.engine_adapters.vllm.geometry import Geometry, observe_geometry
@@ -32,6 +33,8 @@ from kvstore.finder import ChunkFinder
 from kvstore.store import KVStore
 
 _log = logging.getLogger("kvstore.vllm")
+# vLLM shows what is below a warning of its own loggers alone.
+_start_log = logging.getLogger("vllm.kvstore")
 
 
 class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
@@ -263,8 +266,10 @@ def _scheduler_side(vllm_config: Any, settings: EngineSettings, geometry: Geomet
         vllm_config.kv_events_config is not None and vllm_config.kv_events_config.enable_kv_cache_events
     )
     try:
+        namespaces = _namespaces(vllm_config, settings, geometry, finder.fidelity)
+        _start_log.info("%s", namespace_words(namespaces.base))
         return SchedulerSide(
-            _namespaces(vllm_config, settings, geometry, finder.fidelity),
+            namespaces,
             finder,
             SchedulerOptions(
                 ranks=len(geometry.shards),
@@ -280,12 +285,14 @@ def _scheduler_side(vllm_config: Any, settings: EngineSettings, geometry: Geomet
 
 
 def _worker_side(vllm_config: Any, settings: EngineSettings, geometry: Geometry) -> WorkerSide:
-    shard = geometry.shards[get_tensor_model_parallel_rank()]
+    rank = get_tensor_model_parallel_rank()
+    shard = geometry.shards[rank]
     store = KVStore.open(geometry.layout, shard=shard, settings=settings.settings)
     try:
-        return WorkerSide(
-            geometry, _namespaces(vllm_config, settings, geometry, store.fidelity), store, settings.mode
-        )
+        namespaces = _namespaces(vllm_config, settings, geometry, store.fidelity)
+        if rank == 0:
+            store.describe(namespaces.base)
+        return WorkerSide(geometry, namespaces, store, settings.mode)
     except BaseException:
         store.close()
         raise

@@ -122,29 +122,36 @@ class WorkerReport(KVConnectorWorkerMetadata):
 
     gathered  by serial of a save order: how many workers are done with its blocks
     taken     and how many of them took every chunk of it for upload
+    uploaded  by serial of a save order: how many workers know what became of its uploads
+    stored    and how many of its leading chunks all of those have in the bucket
     ended     by request: how many workers' loads have ended
     failed    by request: the first chunk of the load's run that some worker could not load
     """
 
     gathered: dict[int, int] = field(default_factory=dict)
     taken: dict[int, int] = field(default_factory=dict)
+    uploaded: dict[int, int] = field(default_factory=dict)
+    stored: dict[int, int] = field(default_factory=dict)
     ended: dict[str, int] = field(default_factory=dict)
     failed: dict[str, int] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.gathered or self.ended or self.failed)
+        return bool(self.gathered or self.uploaded or self.ended or self.failed)
 
     def aggregate(self, other: WorkerReport) -> WorkerReport:
         """Both reports in one."""
         return WorkerReport(
             gathered=_sum(self.gathered, other.gathered),
             taken=_sum(self.taken, other.taken),
+            uploaded=_sum(self.uploaded, other.uploaded),
+            stored=_least(self.stored, other.stored),
             ended=_sum(self.ended, other.ended),
-            failed={
-                name: min(each.failed[name] for each in (self, other) if name in each.failed)
-                for name in self.failed | other.failed
-            },
+            failed=_least(self.failed, other.failed),
         )
+
+
+def _least(one: dict[Key, int], other: dict[Key, int]) -> dict[Key, int]:
+    return {key: min(each[key] for each in (one, other) if key in each) for key in one | other}
 
 
 def _sum(one: dict[Key, int], other: dict[Key, int]) -> dict[Key, int]:

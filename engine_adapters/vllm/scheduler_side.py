@@ -23,6 +23,7 @@ from kvstore.engine_adapters.vllm.messages import (
 from kvstore.engine_adapters.vllm.request_keys import LoraNames, RequestKeys, bypass
 from kvstore.engine_adapters.vllm.request_state import PendingLoad, RequestState
 from kvstore.engine_adapters.vllm.stats import TransferStats
+from kvstore.engine_adapters.vllm.uploads import EngineUploads
 from kvstore.finder import ChunkFinder
 from kvstore.keys import ChunkKey
 
@@ -83,6 +84,7 @@ class SchedulerSide:
         # Of requests that ended since workers reported last: what their blocks hold is not known yet.
         self._ended_blocks: list[Sequence[int]] = []
         self._open: dict[int, _OpenSave] = {}
+        self._uploads = EngineUploads(options.ranks)
         self._serials = itertools.count(1)
 
     def arrived(self, request: Any) -> None:
@@ -302,6 +304,8 @@ class SchedulerSide:
                 state.load_ended(ranks)
         for serial, ranks in report.gathered.items():
             self._gathered(serial, ranks, report.taken.get(serial, 0))
+        for serial, ranks in report.uploaded.items():
+            self._uploaded(serial, ranks, report.stored.get(serial, 0))
 
     def _load_failed(self, request_id: str, chunk: int) -> None:
         state = self._states.get(request_id)
@@ -323,10 +327,22 @@ class SchedulerSide:
         state.saved_chunks = min(state.saved_chunks, load.first_chunk + chunk)
         state.forget_lookup()
 
+    def _uploaded(self, serial: int, ranks: int, chunks: int) -> None:
+        upload = self._uploads.ended(serial, ranks, chunks)
+        if upload is None:
+            return
+        self.events.stored(upload.event, upload.chunks)
+        lost = upload.keys[upload.chunks :]
+        if lost:
+            # Some rank may have it in memory for a while, and the bucket has not: ask before it is offered.
+            self._finder.note_missed(lost)
+
     def _gathered(self, serial: int, ranks: int, taken: int) -> None:
         save = self._open.get(serial)
         if save is None:
             return
+        if not save.gathered:
+            self._uploads.begun(serial, save.keys, self.events.of_stored(save.keys, save.request))
         save.gathered += ranks
         save.taken += taken
         if save.gathered < self._options.ranks:
@@ -336,10 +352,9 @@ class SchedulerSide:
         if state is not None:
             state.open_saves -= 1
         if save.taken == self._options.ranks:
-            # The workers have it in memory, or on its way; what fails to arrive will be a miss.
+            # Every rank keeps it in memory, or in its journal, at least until its upload has ended.
             self._finder.note_stored(save.keys)
             self._failed.remove(save.keys)
-            self.events.stored(save.keys, save.request)
             self.stats.add("chunks_saved", len(save.keys))
 
 

@@ -1,18 +1,20 @@
-"""Settings of one engine: KVSTORE_* of the environment, overridden by kv_connector_extra_config."""
+"""Settings of one engine: KVSTORE_* of the environment, overridden by kv_connector_extra_config.
+
+Imports neither vLLM nor torch: `kvstore config` shows these settings, too.
+"""
 
 from __future__ import annotations
 
 import difflib
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from kvstore.errors import MisconfiguredError
-from kvstore.settings import ENV_PREFIX, Settings, resolve_settings, variable
+from pydantic import Field
 
-_log = logging.getLogger("kvstore.vllm")
+from kvstore.errors import MisconfiguredError
+from kvstore.settings import ENV_PREFIX, Settings, resolve_settings_of, variable
 
 
 class LoadMode(StrEnum):
@@ -21,6 +23,19 @@ class LoadMode(StrEnum):
     AUTO = "auto"
     WHOLE = "whole"
     LAYERWISE = "layerwise"
+
+
+class VLLMSettings(Settings):
+    """Every setting of a node that runs vLLM."""
+
+    vllm_load: LoadMode = Field(
+        LoadMode.AUTO,
+        description="whole, layerwise or auto: when vLLM may compute on what it loads; once all is there, "
+        "once the first layer is, or once the rest is expected in time",
+    )
+    vllm_async: bool = Field(
+        default=True, description="true or false: whether vLLM serves other requests while one is loaded"
+    )
 
 
 @dataclass(frozen=True)
@@ -40,7 +55,9 @@ class EngineSettings:
 
 def engine_settings(vllm_config: Any) -> EngineSettings:
     """Resolve the settings of an engine. Raises MisconfiguredError, naming what is wrong."""
-    resolved = resolve_settings(flags_of(vllm_config.kv_transfer_config.kv_connector_extra_config))
+    resolved = resolve_settings_of(
+        VLLMSettings, flags_of(vllm_config.kv_transfer_config.kv_connector_extra_config)
+    )
     settings = resolved.settings
     if "\0" in settings.tenant_salt.get_secret_value():
         raise MisconfiguredError("KVSTORE_TENANT_SALT holds a NUL character; use another salt")
@@ -55,7 +72,7 @@ def engine_settings(vllm_config: Any) -> EngineSettings:
 
 def flags_of(extra_config: Mapping[str, Any]) -> dict[str, Any]:
     """Settings by field name, from kv_connector_extra_config. Raises MisconfiguredError for any other key."""
-    names = {variable(field): field for field in Settings.model_fields}
+    names = {variable(field): field for field in VLLMSettings.model_fields}
     for key in extra_config:
         if key not in names:
             near = difflib.get_close_matches(key, names, 1) or difflib.get_close_matches(
@@ -70,11 +87,11 @@ def flags_of(extra_config: Mapping[str, Any]) -> dict[str, Any]:
 
 def wants_layerwise(extra_config: Mapping[str, Any]) -> bool:
     """Whether KVSTORE_VLLM_LOAD asks for layerwise loads in so many words."""
-    return resolve_settings(flags_of(extra_config)).settings.vllm_load == str(LoadMode.LAYERWISE)
+    return resolve_settings_of(VLLMSettings, flags_of(extra_config)).settings.vllm_load is LoadMode.LAYERWISE
 
 
-def _mode(settings: Settings, vllm_config: Any) -> LoadMode:
-    mode = LoadMode(settings.vllm_load)
+def _mode(settings: VLLMSettings, vllm_config: Any) -> LoadMode:
+    mode = settings.vllm_load
     if vllm_config.max_concurrent_batches > 1:
         # The next step is planned before a failure within this one is known, and computes on it.
         asked = [f"KVSTORE_VLLM_LOAD={mode}"] * (mode is LoadMode.LAYERWISE) + [

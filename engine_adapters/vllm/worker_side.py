@@ -18,6 +18,7 @@ from kvstore.engine_adapters.vllm.release import ComputeSpeed, keeps_ahead
 from kvstore.engine_adapters.vllm.saves import SaveQueue
 from kvstore.engine_adapters.vllm.settings import LoadMode
 from kvstore.engine_adapters.vllm.stats import TransferStats
+from kvstore.engine_adapters.vllm.uploads import RankUploads
 from kvstore.handles import LoadHandle, SaveOutcome
 from kvstore.store import KVStore
 from kvstore.warn import WarnRarely
@@ -64,6 +65,7 @@ class WorkerSide:
         self._report = WorkerReport()
         self._loaded: dict[str, float] = {}
         self._warn = WarnRarely(_log)
+        self._uploads = RankUploads()
         self._saves = SaveQueue(self._save)
 
     def register(self, caches: Mapping[str, torch.Tensor], blocks: int) -> None:
@@ -165,6 +167,9 @@ class WorkerSide:
         for save in self._saves.take_done():
             report.gathered[save.serial] = 1
             report.taken[save.serial] = int(save.taken)
+            self._uploads.gathered(save.serial)
+        report.stored = self._uploads.take_ended()
+        report.uploaded = dict.fromkeys(report.stored, 1)
         return report
 
     def give_up(self, orders: StepOrders) -> None:
@@ -267,5 +272,6 @@ class WorkerSide:
             return False
         chain = order.run.chain(self._namespaces.of(order.run.variant))
         source = BlockSource(self._memory, order.block_ids, mark)
-        outcomes = self._store.save(chain, range(len(chain)), source).outcomes()
-        return not any(outcome in _NOT_TAKEN for outcome in outcomes.values())
+        handle = self._store.save(chain, range(len(chain)), source)
+        self._uploads.begun(order.serial, handle)
+        return not any(outcome in _NOT_TAKEN for outcome in handle.outcomes().values())

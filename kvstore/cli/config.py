@@ -16,9 +16,10 @@ from kvstore.cli.credentials import (
 from kvstore.cli.exits import ExitCode
 from kvstore.cli.options import Call
 from kvstore.cli.output import Column, size_text
+from kvstore.engine_adapters.vllm.settings import VLLMSettings
 from kvstore.errors import MisconfiguredError
 from kvstore.masking import without_user
-from kvstore.settings import CONFIG_VARIABLE, ResolvedSettings, Settings, resolve_settings, variable
+from kvstore.settings import CONFIG_VARIABLE, ResolvedSettings, Settings, resolve_settings_of, variable
 
 _MASK = "****"
 
@@ -38,15 +39,15 @@ _ENVIRONMENT = (Column("variable", "also in use"), Column("value", "value"))
 
 def show_config(call: Call) -> ExitCode:
     """Print settings and what else of the environment decides where requests go."""
-    resolved = resolve_settings(call.flags)
+    resolved = resolve_settings_of(VLLMSettings, call.flags)
     call.output.table("setting", _SETTINGS, _setting_rows(resolved))
     rows = [{"variable": name, "value": value} for name, value in _environment(resolved.settings).items()]
     call.output.table("environment", _ENVIRONMENT, rows)
     return ExitCode.OK
 
 
-def _setting_rows(resolved: ResolvedSettings) -> Iterator[dict[str, object]]:
-    for name, field in Settings.model_fields.items():
+def _setting_rows(resolved: ResolvedSettings[VLLMSettings]) -> Iterator[dict[str, object]]:
+    for name, field in VLLMSettings.model_fields.items():
         yield {
             "setting": name,
             "variable": variable(name),

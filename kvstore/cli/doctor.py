@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Iterable
+
+import typer
 
 from kvstore.backends.opening import open_backend
 from kvstore.cli.checks import CHECKS
-from kvstore.cli.examination import Examination, Outcome, Site, Status, passed, refused
+from kvstore.cli.examination import Check, Examination, Outcome, Site, Status, passed, refused
 from kvstore.cli.exits import ExitCode
 from kvstore.cli.options import Call
 from kvstore.cli.output import Output, printable
+from kvstore.cli.sharing import namespaces_check
+from kvstore.engine_adapters.vllm.settings import VLLMSettings
 from kvstore.errors import MisconfiguredError
+from kvstore.listing import NAMESPACE_NAME
 from kvstore.masking import without_user
-from kvstore.settings import ResolvedSettings, resolve_settings
+from kvstore.settings import ResolvedSettings, resolve_settings_of
 
 CHECK_TIMEOUT_S = 10.0
 _STYLES = {Status.PASS: "green", Status.WARN: "yellow", Status.FAIL: "bold red", Status.SKIP: "dim"}
@@ -51,23 +57,34 @@ class Report:
         return self.exit_code
 
 
-def examine_store(call: Call, timeout_s: float = CHECK_TIMEOUT_S) -> ExitCode:
-    """Check settings, then the store they name."""
+def examine_store(call: Call, namespace: str = "", timeout_s: float = CHECK_TIMEOUT_S) -> ExitCode:
+    """Check settings, then the store they name.
+
+    namespace  the name of one to compare with others of its model, by default all are compared
+    """
+    if namespace and not NAMESPACE_NAME.fullmatch(namespace):
+        raise typer.BadParameter(
+            f"{namespace!r} is no name of a namespace: 16 hex digits, as engines log and `kvstore ls` shows",
+            param_hint="--namespace",
+        )
     report = Report(call.output)
     try:
-        resolved = resolve_settings(call.flags)
+        resolved = resolve_settings_of(VLLMSettings, call.flags)
     except MisconfiguredError as error:
         report.add("settings", "settings", refused(error))
         return report.close()
     report.add("settings", "settings", passed(_summary(resolved)))
-    asyncio.run(_examine(Site(resolved.settings, open_backend), report, call.output, timeout_s))
+    checks = (*CHECKS, namespaces_check(namespace))
+    asyncio.run(_examine(checks, Site(resolved.settings, open_backend), report, call.output, timeout_s))
     return report.close()
 
 
-async def _examine(site: Site, report: Report, output: Output, timeout_s: float) -> None:
+async def _examine(
+    checks: Iterable[Check], site: Site, report: Report, output: Output, timeout_s: float
+) -> None:
     examination = Examination(site, timeout_s)
     try:
-        for check in CHECKS:
+        for check in checks:
             with output.progress(f"checking: {check.title}"):
                 outcome = await examination.run(check)
             report.add(check.name, check.title, outcome)
@@ -77,7 +94,7 @@ async def _examine(site: Site, report: Report, output: Output, timeout_s: float)
             report.add("clean_up", "clean up", remainder)
 
 
-def _summary(resolved: ResolvedSettings) -> str:
+def _summary(resolved: ResolvedSettings[VLLMSettings]) -> str:
     origins = Counter(resolved.origins.values())
     counts = ", ".join(f"{count} by {origin}" for origin, count in sorted(origins.items()))
     bucket = without_user(resolved.settings.bucket)

@@ -25,7 +25,6 @@ from kvstore.cli.options import Call
 from kvstore.cli.output import Column, Output, printable, size_text, time_text
 from kvstore.errors import MissError
 from kvstore.keys import format_folder, namespace_folder, parse_object_name
-from kvstore.layout import KVLayout
 from kvstore.settings import resolve_settings
 
 
@@ -244,16 +243,4 @@ def _print(inspection: Inspection, faults: list[MissError | None], output: Outpu
 
 def plain_words(found: Description) -> str:
     """A namespace in one line."""
-    if found.namespace is None:
-        return found.fault
-    known = found.namespace
-    lora = f", LoRA {known.lora}" if known.lora else ""
-    fidelity = "" if known.fidelity == "lossless" else f", {known.fidelity}"
-    return f"{known.model} @ {known.weights_revision}{lora}{fidelity}, {_layout_words(known.layout)}"
-
-
-def _layout_words(layout: KVLayout) -> str:
-    return (
-        f"{layout.dtype}, {layout.layers} layers x {layout.kv_heads} kv heads x {layout.head_dim}, "
-        f"{layout.page_form}, {layout.chunk_tokens} tokens a chunk"
-    )
+    return found.fault if found.namespace is None else found.namespace.summary

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from kvstore.settings import Settings
+from kvstore.engine_adapters.vllm.settings import VLLMSettings
 
 SALT = "pepper-and-salt"
 SECRET = "wJalrXUtnFEMI/K7MDENG/bPxRfiCY"
@@ -19,7 +19,7 @@ def test_every_setting_is_listed_with_value_origin_and_what_it_takes(kvstore):
     ended = kvstore("config", "--json")
     listed = rows(ended.stdout, "setting")
     assert ended.code == 0
-    assert {row["setting"] for row in listed.values()} == set(Settings.model_fields)
+    assert {row["setting"] for row in listed.values()} == set(VLLMSettings.model_fields)
     assert listed["KVSTORE_FETCH_CONCURRENCY"]["value"] == 64
     assert listed["KVSTORE_MEMORY_BYTES"]["value"] == 1 << 30
     assert all(row["takes"] and row["origin"] == "default" for row in listed.values())
@@ -27,7 +27,7 @@ def test_every_setting_is_listed_with_value_origin_and_what_it_takes(kvstore):
 
 def test_people_see_the_same_settings_as_programs(kvstore):
     text = kvstore("config").stdout
-    assert all(f"KVSTORE_{name.upper()}" in text for name in Settings.model_fields)
+    assert all(f"KVSTORE_{name.upper()}" in text for name in VLLMSettings.model_fields)
     assert "1073741824 (1.0 GiB)" in text
 
 

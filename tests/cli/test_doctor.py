@@ -21,7 +21,7 @@ from kvstore.errors import MisconfiguredError, RetryableError
 ENGINE_OBJECT = "kvstore/v1/0123456789abcdef/namespace.json"
 STORE_CHECKS = {
     *("bucket", "write", "conditional_put", "race", "range_read", "read_your_write"),
-    *("list", "delete", "clock", "latency"),
+    *("list", "delete", "clock", "latency", "namespaces"),
 }
 
 
@@ -52,8 +52,8 @@ def test_people_get_one_line_a_check_and_the_totals(kvstore, folder):
     ended = kvstore("doctor")
     lines = ended.stdout.splitlines()
     assert "checking" not in ended.all
-    assert sum(line.startswith("PASS") for line in lines) == 12
-    assert lines[-1] == "12 pass, 0 warn, 0 fail, 2 skip"
+    assert sum(line.startswith("PASS") for line in lines) == 13
+    assert lines[-1] == "13 pass, 0 warn, 0 fail, 2 skip"
 
 
 def test_a_missing_bucket_is_a_configuration_error_with_the_fix(kvstore_process, s3):

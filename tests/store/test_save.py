@@ -2,8 +2,10 @@ import asyncio
 import contextlib
 import logging
 import threading
+from dataclasses import replace
 
 import pytest
+from journal_samples import wait_until
 from samples import (
     FORM,
     PATIENCE_S,
@@ -20,7 +22,7 @@ from samples import (
 )
 
 from kvstore.chunk import decode_header
-from kvstore.errors import MisconfiguredError, MissReason, RetryableError
+from kvstore.errors import LayoutMismatchError, MisconfiguredError, MissReason, RetryableError
 from kvstore.handles import Durability, SaveOutcome
 from kvstore.layout import ChunkForm
 
@@ -46,8 +48,10 @@ def test_saving_returns_before_anything_is_stored_and_its_outcome_comes_later(op
     remote = store.save(CHAIN, range(4), pages, until=Durability.REMOTE)
     with pytest.raises(TimeoutError):
         remote.wait(0)
+    assert not handle.done
     gate.open()
     assert remote.wait(PATIENCE_S) == handle.outcomes() == dict.fromkeys(range(4), STORED)
+    assert handle.done
     assert store.metrics.value("kvstore_saved_chunks_total", outcome="stored") == 4
 
 
@@ -398,6 +402,30 @@ def test_the_namespace_is_described_once_in_plain_words(opened):
     name = f"{PREFIX}/v1/{CHAIN.namespace.name}/namespace.json"
     assert backend.data(name) == CHAIN.namespace.document()
     assert backend.count("put", name) == 1
+
+
+def test_an_engine_that_starts_can_describe_its_namespace_before_it_saves(opened):
+    backend = ScriptedBackend()
+    store = opened(backend)
+    name = f"{PREFIX}/v1/{CHAIN.namespace.name}/namespace.json"
+    store.describe(CHAIN.namespace)
+    wait_until(lambda: name in backend.objects)
+    assert backend.data(name) == CHAIN.namespace.document()
+    store.describe(CHAIN.namespace)
+    save(store)
+    assert [call.name for call in backend.calls if call.operation == "put"].count(name) == 1
+    with pytest.raises(LayoutMismatchError):
+        store.describe(replace(CHAIN.namespace, layout=WIDE_LAYOUT))
+
+
+def test_a_store_that_cannot_be_told_of_a_namespace_serves_all_the_same(opened):
+    backend = ScriptedBackend()
+    backend.when("put", MisconfiguredError("denied"), name="namespace.json", times=1)
+    store = opened(backend)
+    store.describe(CHAIN.namespace)
+    wait_until(lambda: any(call.operation == "put" for call in backend.calls))
+    save(store)
+    assert backend.data(f"{PREFIX}/v1/{CHAIN.namespace.name}/namespace.json") == CHAIN.namespace.document()
 
 
 def test_a_namespace_that_could_not_be_described_is_described_later(opened):

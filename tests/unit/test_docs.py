@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from kvstore.engine_adapters.vllm.settings import VLLMSettings
 from kvstore.errors import MissReason
 from kvstore.handles import SaveOutcome
 from kvstore.metrics import Metrics
 from kvstore.presence import DAMAGE
-from kvstore.settings import CONFIG_VARIABLE, Settings, variable
+from kvstore.settings import CONFIG_VARIABLE, variable
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -18,12 +19,12 @@ OPERATIONS = (ROOT / "docs/operations.md").read_text()
 
 def test_the_settings_table_has_every_setting_and_no_other():
     rows = re.findall(r"^\| `(KVSTORE_\w+)` \|", OPERATIONS, re.MULTILINE)
-    assert sorted(rows) == sorted(map(variable, Settings.model_fields))
+    assert sorted(rows) == sorted(map(variable, VLLMSettings.model_fields))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_settings_that_a_document_names_exist(document):
-    known = {*map(variable, Settings.model_fields), CONFIG_VARIABLE}
+    known = {*map(variable, VLLMSettings.model_fields), CONFIG_VARIABLE}
     assert set(re.findall(r"KVSTORE_[A-Z0-9_]+", document.read_text())) <= known
 
 

@@ -1,11 +1,15 @@
+import asyncio
 from concurrent.futures import Future
 
 import pytest
+from journal_samples import wait_until
 from samples import LAYOUT, PREFIX, ScriptedBackend, chain_of, settings_of
 
 from kvstore.backends.memory import MemoryBackend
 from kvstore.errors import RetryableError, StoreClosedError
 from kvstore.finder import ChunkFinder
+from kvstore.gc.names import Announcement, Span, touches_folder
+from kvstore.gc.records import read_hashes, seal_hashes
 from kvstore.keys import object_name
 from kvstore.layout import Shard
 
@@ -89,3 +93,70 @@ def test_after_closing_nothing_can_be_asked(finder):
     looked.close()
     with pytest.raises(StoreClosedError):
         looked.begin(CHAIN.keys)
+
+
+def announced(shard, keys, *, sweep):
+    """What a collector has put down about chunks of one shard, as objects."""
+    mark = Announcement(Span(CHAIN.namespace.name, shard, "0"), 1)
+    found = {mark.name(PREFIX): seal_hashes(key.hash for key in keys)}
+    return found | ({mark._replace(sweep=2).name(PREFIX): b""} if sweep else {})
+
+
+def scripted(*announcements):
+    """A backend that holds the whole chain in both shards, and announcements."""
+    backend = ScriptedBackend()
+    for each in (objects_of(6, 6), *announcements):
+        for name, data in each.items():
+            backend.replace(name, data)
+    return backend
+
+
+@pytest.mark.parametrize("shard", SHARDS)
+def test_p6_what_a_collection_is_about_to_remove_of_any_shard_is_not_offered(finder, shard):
+    looked = finder(scripted(announced(shard, CHAIN.keys[2:4], sweep=True)))
+    wait_until(lambda: looked.begin(CHAIN.keys).result(PATIENCE_S) == 2)
+    # Nor if somebody has saved it just now.
+    looked.note_stored(CHAIN.keys)
+    assert looked.begin(CHAIN.keys).result(PATIENCE_S) == 2
+
+
+def test_p6_a_finder_that_began_without_its_backend_learns_of_collections_later(finder, monkeypatch):
+    monkeypatch.setattr("kvstore.gc.watch.RETRY_S", 0.01)
+    backend = scripted(announced(SHARDS[0], CHAIN.keys[2:4], sweep=True))
+    backend.when("head", RetryableError("by a test"), name="namespace.json", times=1)
+    looked = finder(backend)
+    wait_until(lambda: looked.begin(CHAIN.keys).result(PATIENCE_S) == 2)
+
+
+def told(backend, shard):
+    """Hashes of chunks of a shard that the finder said it uses."""
+    folder = f"{touches_folder(PREFIX)}{CHAIN.namespace.name}/{shard}/"
+    names = [name for name in backend.objects if name.startswith(folder)]
+    return {hash_ for name in names for hash_ in asyncio.run(read_hashes(backend, name))}
+
+
+def test_p6_what_is_found_counts_as_used_in_every_shard_and_what_is_not_found_does_not(finder):
+    # An engine may serve it from a cache of its own for weeks, and load it after a restart.
+    marked = CHAIN.keys[2:5]
+    backend = scripted(*(announced(shard, marked, sweep=False) for shard in SHARDS))
+    looked = finder(backend)
+    assert looked.begin(CHAIN.keys[:4]).result(PATIENCE_S) == 4
+    for watch in looked._watches:
+        looked._loop.run(watch.read())
+    for shard in SHARDS:
+        assert told(backend, shard) == {key.hash for key in marked[:2]}
+
+
+def test_p6_what_is_known_to_be_present_counts_as_used_each_time(finder):
+    backend = scripted()
+    looked = finder(backend)
+    assert looked.begin(CHAIN.keys).result(PATIENCE_S) == 6
+    for watch in looked._watches:
+        looked._loop.run(watch.read())
+    for name, data in announced(SHARDS[1], CHAIN.keys[2:5], sweep=False).items():
+        backend.replace(name, data)
+    assert looked.begin(CHAIN.keys).done()
+    for watch in looked._watches:
+        looked._loop.run(watch.read())
+    assert told(backend, SHARDS[1]) == {key.hash for key in CHAIN.keys[2:5]}
+    assert not told(backend, SHARDS[0])

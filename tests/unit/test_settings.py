@@ -110,8 +110,6 @@ MALFORMED = {
     "gc_grace": ["3600", "29min", "0s"],
     "gc_max_share": ["0", "1.1", "25%", "nan"],
     "gc_requests_per_s": ["0", "fast"],
-    "vllm_load": ["Auto", "lazy"],
-    "vllm_async": ["maybe", "2"],
 }
 
 

@@ -21,6 +21,8 @@ def test_events_tell_of_chunks_stored_and_found_to_be_gone(model, mood, prompts,
         one.connector.take_events = noted
         assert one.generate(prompts) == answers
         one.forget()
+        # Events come with a step, and the engine takes none when it has nothing to do.
+        one.generate([[1, 2, 3]], tokens=1)
         stored = [event for event in seen if isinstance(event, BlockStored)]
         assert {event.medium for event in stored} == {MEDIUM}
         assert sum(len(event.block_hashes) for event in stored) == 7

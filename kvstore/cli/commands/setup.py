@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
+
 from kvstore.cli.app import app
 from kvstore.cli.exits import ExitCode
 from kvstore.cli.options import Call, node_command
@@ -29,11 +33,18 @@ def codecs(call: Call) -> ExitCode:
 
 @app.command(rich_help_panel=_PANEL)
 @node_command
-def doctor(call: Call) -> ExitCode:
+def doctor(
+    call: Call,
+    namespace: Annotated[
+        str, typer.Option(metavar="NAME", help="Compare this one, as an engine logs it, with others")
+    ] = "",
+) -> ExitCode:
     """Try live whether the store does what kvstore needs of it, and say how to mend what does not.
+
+    Says, too, in what namespaces of one model differ, which is why engines of one load no chunks of another.
 
     Writes a few small objects under PREFIX/doctor/ and a file into KVSTORE_DISK_DIR, and removes them again.
     """
     from kvstore.cli.doctor import examine_store
 
-    return examine_store(call)
+    return examine_store(call, namespace)
