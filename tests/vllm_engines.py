@@ -60,6 +60,11 @@ class Engine:
         return int(_total(self.worker._store.metrics.loaded_chunks))
 
     @property
+    def stored_chunks(self) -> int:
+        """Chunks that this engine has put into the bucket."""
+        return int(_total(self.worker._store.metrics.saved_chunks, outcome="stored"))
+
+    @property
     def missed_chunks(self) -> int:
         """Chunks that a load asked for and did not get."""
         return int(_total(self.worker._store.metrics.missed_chunks))
@@ -149,6 +154,10 @@ def some_prompt(tokens: int, seed: int = 0) -> list[int]:
     return [choose.randrange(500) for _ in range(tokens)]
 
 
-def _total(counter: Any) -> float:
+def _total(counter: Any, **labels: str) -> float:
     samples = (sample for metric in counter.collect() for sample in metric.samples)
-    return sum(sample.value for sample in samples if sample.name.endswith("_total"))
+    return sum(
+        sample.value
+        for sample in samples
+        if sample.name.endswith("_total") and labels.items() <= sample.labels.items()
+    )

@@ -276,6 +276,8 @@ def _scheduler_side(vllm_config: Any, settings: EngineSettings, geometry: Geomet
                 awaited=settings.awaited,
                 step_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
                 tenant_salt=settings.settings.tenant_salt.get_secret_value(),
+                loads=vllm_config.kv_transfer_config.is_kv_consumer,
+                saves=vllm_config.kv_transfer_config.is_kv_producer,
             ),
             CacheEvents(geometry.layout.chunk_tokens, enabled=publishes),
         )

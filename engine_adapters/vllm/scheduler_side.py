@@ -36,12 +36,15 @@ class SchedulerOptions:
     awaited      steps wait for loads
     step_tokens  a step computes at most so many
     tenant_salt  of the settings
+    loads, saves whether the engine's kv_role has it do so
     """
 
     ranks: int
     awaited: bool
     step_tokens: int
     tenant_salt: str
+    loads: bool = True
+    saves: bool = True
 
 
 @dataclass
@@ -97,7 +100,7 @@ class SchedulerSide:
         At least one token is left to compute, as the engine needs its logits.
         """
         state = self._state(request)
-        if state is None or state.load is not None:
+        if state is None or state.load is not None or not self._options.loads:
             return 0
         keys = state.keys.upto(request.num_tokens)
         found = state.stored_chunks(keys, self._finder) if keys else 0
@@ -283,7 +286,9 @@ class SchedulerSide:
         layout = self._layout
         chunks = min(computed_tokens, state.request.num_tokens) // layout.chunk_tokens
         first = state.saved_chunks
-        if chunks <= first or (state.load is not None and not state.load.received) or self._outdated(state):
+        if not self._options.saves or chunks <= first or self._outdated(state):
+            return
+        if state.load is not None and not state.load.received:
             return
         keys = state.keys.upto(chunks * layout.chunk_tokens)[first:]
         blocks = tuple(block_ids[first * layout.pages : chunks * layout.pages])

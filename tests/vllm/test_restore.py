@@ -28,3 +28,21 @@ def test_without_the_engines_own_prefix_cache(*, model, bucket, prompts, answers
         assert one.generate(prompts) == answers
         assert one.generate(prompts) == answers
         assert one.loaded_chunks == FULL_CHUNKS
+
+
+def test_a_producer_saves_and_loads_nothing_and_a_consumer_loads_and_saves_nothing(
+    *, model, bucket, prompts, answers
+):
+    config = transfer_config(bucket)
+    with engine(model, config | {"kv_role": "kv_consumer"}) as consumer:
+        assert consumer.generate(prompts) == answers
+        assert consumer.stored_chunks == 0
+    with engine(model, config | {"kv_role": "kv_producer"}, enable_prefix_caching=False) as producer:
+        assert producer.generate(prompts) == answers
+        assert producer.generate(prompts) == answers
+        assert producer.loaded_chunks == 0
+        producer.flush()
+        assert producer.stored_chunks == FULL_CHUNKS
+    with engine(model, config | {"kv_role": "kv_consumer"}) as consumer:
+        assert consumer.generate(prompts) == answers
+        assert consumer.loaded_chunks == FULL_CHUNKS
