@@ -152,8 +152,13 @@ class ObjectName(NamedTuple):
 
 def object_name(prefix: str, key: ChunkKey, shard: Shard) -> str:
     """`<prefix>/v1/<namespace, 16 hex>/<hash, first 2 hex>/<hash hex>.<shard>`."""
-    digits = key.hash.hex()
-    return f"{namespace_folder(prefix, key.namespace_digest.hex()[:16])}{digits[:2]}/{digits}.{shard}"
+    return chunk_name(prefix, ObjectName(key.namespace_digest.hex()[:16], key.hash, shard))
+
+
+def chunk_name(prefix: str, parts: ObjectName) -> str:
+    """The name that has these parts: what `parse_object_name` takes apart."""
+    digits = parts.hash.hex()
+    return f"{namespace_folder(prefix, parts.namespace_name)}{digits[:2]}/{digits}.{parts.shard}"
 
 
 def namespace_document_name(prefix: str, namespace_name: str) -> str:

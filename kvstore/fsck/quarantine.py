@@ -1,0 +1,71 @@
+"""Moving what readers refuse out of their way, where people can look at it: `<prefix>/quarantine/`."""
+
+from __future__ import annotations
+
+import asyncio
+
+import xxhash
+
+from kvstore.backends.contract import ABSENT, Backend
+from kvstore.fsck.inspection import READ_BYTES
+from kvstore.keys import FORMAT_FOLDER, format_folder
+
+# A larger one than this no engine writes in one request.
+QUARANTINED_BYTES_MAX = 1 << 30
+_GONE = "left: it was removed or replaced meanwhile"
+
+
+def quarantine_folder(prefix: str) -> str:
+    """Prefix of all that was moved, ending in a slash."""
+    return f"{prefix}/quarantine/" if prefix else "quarantine/"
+
+
+class Quarantine:
+    """Moves objects, one at a time. Each is copied, the copy is compared, and only then is it removed."""
+
+    def __init__(self, backend: Backend, prefix: str) -> None:
+        self._backend = backend
+        self._prefix = prefix
+        self._alone = asyncio.Lock()
+
+    def place_of(self, name: str, etag: str) -> str:
+        """Where the object `name`, as it is with that ETag, is moved to."""
+        version = xxhash.xxh3_64_hexdigest(etag.encode())
+        own = name.removeprefix(format_folder(self._prefix))
+        return f"{quarantine_folder(self._prefix)}{FORMAT_FOLDER}/{own}.{version}"
+
+    async def move(self, name: str, etag: str) -> str:
+        """Move an object that still has that ETag; what became of it, in words.
+
+        Between the last look at it and its removal an engine may replace it by a whole one, which goes
+        instead: a miss, until it is saved again.
+        """
+        async with self._alone:
+            info = await self._backend.head(name)
+            if info is None or info.etag != etag:
+                return _GONE
+            if info.object_bytes > QUARANTINED_BYTES_MAX:
+                return f"left: {info.object_bytes} bytes are too many to copy"
+            data = await self._read(name, info.object_bytes, etag)
+            if data is None:
+                return _GONE
+            place = self.place_of(name, etag)
+            await self._backend.put(place, data, if_absent=True)
+            if await self._read(place, info.object_bytes) != data:
+                return f"left: what is in {place} is another object; remove it"
+            info = await self._backend.head(name)
+            if info is None or info.etag != etag:
+                return _GONE
+            await self._backend.delete([name])
+            return f"moved to {place}"
+
+    async def _read(self, name: str, object_bytes: int, etag: str | None = None) -> list[bytearray] | None:
+        """The object's bytes in pieces; None where it is not there, or not this one."""
+        pieces = []
+        for start in range(0, object_bytes, READ_BYTES):
+            piece = bytearray(min(READ_BYTES, object_bytes - start))
+            answer = await self._backend.read_into(name, start, memoryview(piece), if_match=etag)
+            if answer is ABSENT or answer.object_bytes != object_bytes or answer.length != len(piece):
+                return None
+            pieces.append(piece)
+        return pieces
