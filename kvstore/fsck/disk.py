@@ -76,6 +76,11 @@ class DiskCheck:
 
     def run(self) -> None:
         """Tell the ledger all that is found. Raises OSError where a folder cannot be listed."""
+        if not self._scope.only:
+            # Before anything is moved there.
+            for entry in entries(self._folder.root / QUARANTINE_FOLDER):
+                self._ledger.note(Finding(Kind.QUARANTINED_FILE, entry.path, "moved there earlier"))
+            self._unfinished()
         for namespace in self._namespaces(self._folder.root / FORMAT_FOLDER, Kind.FOREIGN_FILE):
             for fan in self._folders(namespace, _FAN, Kind.FOREIGN_FILE):
                 for entry in entries(fan):
@@ -85,10 +90,6 @@ class DiskCheck:
             for namespace in self._namespaces(destination, Kind.STRAY_FILE, DESTINATION_DOCUMENT):
                 for entry in entries(namespace):
                     self._pending_file(entry, PendingName(namespace.name, entry.name))
-        if not self._scope.only:
-            self._unfinished()
-            for entry in entries(self._folder.root / QUARANTINE_FOLDER):
-                self._ledger.note(Finding(Kind.QUARANTINED_FILE, entry.path, "moved there earlier"))
 
     def _namespaces(self, folder: Path, stray: Kind, *known: str) -> Iterator[Path]:
         for namespace in self._folders(folder, _FOLDER, stray, *known):

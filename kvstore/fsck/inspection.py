@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from kvstore.backends.contract import ABSENT, Backend, Buffer
-from kvstore.chunk import HEADER_REGION_BYTES_MAX, ChunkHeader, SectionDigest, check_header, decode_header
+from kvstore.chunk import (
+    HEADER_REGION_BYTES_MAX,
+    ChunkHeader,
+    SectionDigest,
+    SectionEntry,
+    check_header,
+    decode_header,
+)
 from kvstore.codecs.registry import tensor_name
 from kvstore.errors import MisconfiguredError, MissError, MissReason
 from kvstore.fsck.findings import Kind
@@ -133,27 +141,27 @@ class SectionChecks:
     """Compares the checksums of a header's sections with their bytes, which come in order, in pieces."""
 
     def __init__(self, header: ChunkHeader) -> None:
-        self._left = iter(zip(header.sections, header.extents, strict=True))
-        self._section, self._extent = next(self._left)
-        self._at = self._extent.start
+        self._left = deque(zip(header.sections, header.extents, strict=True))
+        self._at = header.extents[0].start
         self._digest = SectionDigest()
 
     def feed(self, data: Buffer) -> Iterator[MissError | None]:
         """For each section that ends within `data` what is wrong with it, or None."""
         view = memoryview(data)
-        while view:
-            piece = view[: self._extent.stop - self._at]
+        while view and self._left:
+            section, extent = self._left[0]
+            piece = view[: extent.stop - self._at]
             self._digest.update(piece)
             self._at += len(piece)
             view = view[len(piece) :]
-            if self._at == self._extent.stop:
-                yield self._verdict()
-                self._section, self._extent = next(self._left, (self._section, range(0)))
+            if self._at == extent.stop:
+                yield self._verdict(section)
+                self._left.popleft()
                 self._digest = SectionDigest()
 
-    def _verdict(self) -> MissError | None:
+    def _verdict(self, section: SectionEntry) -> MissError | None:
         try:
-            self._digest.verify(self._section)
+            self._digest.verify(section)
         except MissError as miss:
             return miss
         return None

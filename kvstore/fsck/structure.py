@@ -44,7 +44,9 @@ def gaps(roster: Roster, chunks: Chunks, kv_heads: int | None) -> Iterator[Gap]:
 
     kv_heads  of the model, if that is known: else all ranks are those that have any chunk
     """
-    for ranks in _engines(roster.shards, kv_heads):
+    # What nobody can read is told as such, and no reason to expect it of others.
+    good = np.unique(chunks.shard[~roster.refused]).tolist()
+    for ranks in _engines([roster.shards[number] for number in good], kv_heads):
         yield from _gaps_of(roster, chunks, ranks)
 
 
@@ -75,7 +77,6 @@ def _gaps_of(roster: Roster, chunks: Chunks, ranks: list[Shard]) -> Iterator[Gap
     held = np.zeros((int(number.max()) + 1, len(ranks)), np.bool_)
     held[number, [places[shard] for shard in chunks.shard[rows].tolist()]] = True
     newest = _newest(chunks.stored_s[rows], number)
-    # What nobody can read is told as such, and no reason to expect it of others.
     good = np.zeros(len(held), np.bool_)
     good[number[~roster.refused[rows]]] = True
     for each, rank in np.argwhere(~held & good[:, None]).tolist():

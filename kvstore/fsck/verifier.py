@@ -18,7 +18,7 @@ from kvstore.fsck.quarantine import Quarantine, quarantine_folder
 from kvstore.fsck.sample import Sample
 from kvstore.gc.pace import Pace
 from kvstore.gc.paced_backend import PacedBackend
-from kvstore.keys import FORMAT_FOLDER, format_folder, namespace_folder
+from kvstore.keys import FORMAT_FOLDER, format_folder, namespace_folder, parse_object_name
 from kvstore.listing import namespaces
 
 SETTLED_S = 900.0
@@ -63,7 +63,8 @@ class Verifier:
         Raises MisconfiguredError for a namespace that is not there, and what listing raises. What cannot
         be read otherwise is a finding.
         """
-        sample = await self._scope.sample.among(self._names())
+        await self._note_quarantined()
+        sample = await self._scope.sample.among(self._chunk_names())
         settled_before_s = await self._backend.clock_s() - SETTLED_S
         async for found in namespaces(self._backend, self._prefix):
             if isinstance(found, ObjectInfo):
@@ -86,7 +87,6 @@ class Verifier:
                 f"there is no namespace {self._scope.only} under the prefix {self._prefix!r}; "
                 "`kvstore ls` shows them"
             )
-        await self._note_quarantined()
 
     async def _note_quarantined(self) -> None:
         folder = quarantine_folder(self._prefix)
@@ -95,8 +95,9 @@ class Verifier:
         async for info in self._backend.list(folder):
             self._ledger.note(Finding(Kind.QUARANTINED, info.name, f"{info.object_bytes} bytes"))
 
-    async def _names(self) -> AsyncIterator[str]:
+    async def _chunk_names(self) -> AsyncIterator[str]:
         only, prefix = self._scope.only, self._prefix
         folder = namespace_folder(prefix, only) if only else format_folder(prefix)
         async for info in self._backend.list(folder):
-            yield info.name
+            if parse_object_name(prefix, info.name) is not None:
+                yield info.name
