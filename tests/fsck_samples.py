@@ -15,13 +15,13 @@ from samples import PATIENCE_S, PREFIX, ScriptedBackend, chain_of, store_of, sto
 from kvstore.backends.contract import Backend
 from kvstore.backends.memory import MemoryBackend, StoredObject
 from kvstore.chunk import decode_header, encode_header
-from kvstore.fsck.findings import Finding, Kind
-from kvstore.fsck.sample import Sample
-from kvstore.fsck.verifier import Scope, Verifier
 from kvstore.gc.pace import Pace
 from kvstore.keys import ChunkKey, ObjectName, chunk_name, namespace_document_name, parse_object_name
 from kvstore.layout import Shard
 from kvstore.retries import Retries
+from kvstore.upkeep.findings import Finding, Kind
+from kvstore.upkeep.sample import Sample
+from kvstore.upkeep.verifier import Scope, Verifier
 
 CHUNKS = 6
 CODECS = ("none", "lz4", "zstd", "planes+zstd")

@@ -178,7 +178,7 @@ def _print_look(output: Output, look: Look, settings: Settings, *, list_chunks: 
     ):
         if count:
             output.line(f"{count} {what}", "yellow")
-    return _print_failures(output, look.inventory.failed)
+    return print_failures(output, look.inventory.failed)
 
 
 def _reason_rows(look: Look) -> Iterator[dict[str, object]]:
@@ -250,10 +250,11 @@ def _print_report(output: Output, report: Report, settings: Settings, *, list_ch
     if report.busy:
         output.line(f"another collection is at work on {len(report.busy)} spans: left to it")
     failed = {**report.look.inventory.failed, **{str(span): why for span, why in report.failed.items()}}
-    return _print_failures(output, failed)
+    return print_failures(output, failed)
 
 
-def _print_failures(output: Output, failed: Mapping[str, str]) -> ExitCode:
+def print_failures(output: Output, failed: Mapping[str, str]) -> ExitCode:
+    """Say what was left alone because of an error, and why."""
     for what, why in failed.items():
         output.line(f"{what} was left alone: {printable(why)}", "red")
     return ExitCode.FINDINGS if failed else ExitCode.OK

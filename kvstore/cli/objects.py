@@ -21,10 +21,10 @@ from kvstore.cli.exits import ExitCode
 from kvstore.cli.options import Call
 from kvstore.cli.output import Column, Output, printable, size_text, time_text
 from kvstore.errors import MissError
-from kvstore.fsck.inspection import Inspection, inspect_object, section_faults
 from kvstore.keys import format_folder, namespace_folder, parse_object_name
 from kvstore.listing import NO_DOCUMENT, Description, describe
 from kvstore.settings import resolve_settings
+from kvstore.upkeep.inspection import Inspection, inspect_object, section_faults
 
 
 def _joined(names: object) -> str:

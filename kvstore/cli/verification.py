@@ -25,15 +25,15 @@ from kvstore.disk.half import DISK_FIXES
 from kvstore.disk.journal_folder import JournalFolder
 from kvstore.disk.pending import Destination
 from kvstore.errors import MisconfiguredError
-from kvstore.fsck.disk import DiskCheck, DiskScope
-from kvstore.fsck.findings import MEANINGS, NOTES, Finding
-from kvstore.fsck.ledger import Ledger, Tally
-from kvstore.fsck.sample import Sample
-from kvstore.fsck.verifier import Scope, Verifier
 from kvstore.gc.pace import Pace
 from kvstore.listing import NAMESPACE_NAME
 from kvstore.retries import Retries
 from kvstore.settings import BytesLimit, Settings, resolve_settings
+from kvstore.upkeep.disk import DiskCheck, DiskScope
+from kvstore.upkeep.findings import MEANINGS, NOTES, Finding
+from kvstore.upkeep.ledger import Ledger, Tally
+from kvstore.upkeep.sample import Sample
+from kvstore.upkeep.verifier import Scope, Verifier
 
 AT_ONCE = 16
 _TELL_S = 0.25

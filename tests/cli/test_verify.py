@@ -3,9 +3,9 @@ import json
 import pytest
 from fsck_samples import PREFIX, RANKED, chain_names, intact, with_faults
 
-from kvstore.fsck import verifier
-from kvstore.fsck.findings import MOVED, NOTES, Kind
-from kvstore.fsck.quarantine import quarantine_folder
+from kvstore.upkeep import verifier
+from kvstore.upkeep.findings import MOVED, NOTES, Kind
+from kvstore.upkeep.quarantine import quarantine_folder
 
 
 def rows(output: str, kind: str) -> list[dict]:

@@ -28,11 +28,11 @@ from kvstore.disk.journal_folder import (
 )
 from kvstore.disk.pending import Pending, PendingName
 from kvstore.errors import MissError
-from kvstore.fsck.findings import MOVED, Finding, Kind
-from kvstore.fsck.inspection import READ_BYTES, Fault, SectionChecks, fault_of, fault_of_miss
-from kvstore.fsck.ledger import Ledger
-from kvstore.fsck.sample import Sample
 from kvstore.keys import FORMAT_FOLDER, ObjectName, parse_object_name
+from kvstore.upkeep.findings import MOVED, Finding, Kind
+from kvstore.upkeep.inspection import READ_BYTES, Fault, SectionChecks, fault_of, fault_of_miss
+from kvstore.upkeep.ledger import Ledger
+from kvstore.upkeep.sample import Sample
 
 _FOLDER = re.compile(r"[0-9a-f]{16}")
 _FAN = re.compile(r"[0-9a-f]{2}")

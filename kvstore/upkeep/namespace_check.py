@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from kvstore.backends.contract import Backend, ObjectInfo
 from kvstore.errors import MissError, MissReason, RetryableError
-from kvstore.fsck.findings import Finding, Kind
-from kvstore.fsck.inspection import (
-    DamagedObjectError,
-    Inspection,
-    inspect_object,
-    read_header,
-    section_faults,
-)
-from kvstore.fsck.ledger import Ledger
-from kvstore.fsck.roster import Roster
-from kvstore.fsck.sample import Sample
-from kvstore.fsck.structure import Gap, Orphan, gaps, orphans
-from kvstore.fsck.walk import walk
 from kvstore.gc.chunks import Chunks
 from kvstore.gc.forest import Forest
 from kvstore.gc.pace import Pace
 from kvstore.keys import ObjectName, chunk_name, namespace_document_name
 from kvstore.layout import Shard
 from kvstore.listing import NO_DOCUMENT, describe
+from kvstore.upkeep.findings import Finding, Kind
+from kvstore.upkeep.inspection import (
+    DamagedObjectError,
+    Inspection,
+    inspect_object,
+    read_header,
+    section_faults,
+)
+from kvstore.upkeep.ledger import Ledger
+from kvstore.upkeep.roster import Roster
+from kvstore.upkeep.sample import Sample
+from kvstore.upkeep.structure import Gap, Orphan, gaps, orphans
+from kvstore.upkeep.walk import walk
 
 # An object that was replaced while it was read is read again.
 _ATTEMPTS = 3

@@ -7,8 +7,8 @@ import asyncio
 import xxhash
 
 from kvstore.backends.contract import ABSENT, Backend
-from kvstore.fsck.inspection import READ_BYTES
 from kvstore.keys import FORMAT_FOLDER, format_folder
+from kvstore.upkeep.inspection import READ_BYTES
 
 # A larger one than this no engine writes in one request.
 QUARANTINED_BYTES_MAX = 1 << 30

@@ -15,11 +15,11 @@ from kvstore.disk.folder import DiskFolder
 from kvstore.disk.journal_folder import JournalFolder
 from kvstore.disk.pending import Destination, Pending, PendingName
 from kvstore.disk.tier import DiskTier
-from kvstore.fsck import disk as fsck_disk
-from kvstore.fsck.disk import DiskCheck, DiskScope
-from kvstore.fsck.findings import MOVED, Finding, Kind
-from kvstore.fsck.ledger import Ledger
-from kvstore.fsck.sample import Sample
+from kvstore.upkeep import disk as disk_check
+from kvstore.upkeep.disk import DiskCheck, DiskScope
+from kvstore.upkeep.findings import MOVED, Finding, Kind
+from kvstore.upkeep.ledger import Ledger
+from kvstore.upkeep.sample import Sample
 
 HERE = Destination("s3://bucket/", "kv")
 ELSEWHERE = Destination("s3://bucket/", "another")
@@ -140,7 +140,7 @@ MUTANTS = {
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_p15_a_checker_that_does_not_check_would_be_seen(root, monkeypatch, mutant):
     due = spoil(root, random.Random(1))
-    monkeypatch.setattr(fsck_disk, *MUTANTS[mutant])
+    monkeypatch.setattr(disk_check, *MUTANTS[mutant])
     assert told(check(root)) != due
 
 
@@ -198,5 +198,5 @@ def test_a_file_that_may_not_be_read_is_told(root, monkeypatch):
     def refuse(path, flags):
         raise PermissionError(1, "not yours", str(path))
 
-    monkeypatch.setattr(fsck_disk.os, "open", refuse)
+    monkeypatch.setattr(disk_check.os, "open", refuse)
     assert {finding.kind for finding in check(root)} == {Kind.UNREAD}

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvstore.fsck.roster import Roster
 from kvstore.gc.chunks import Chunks, Doubles
 from kvstore.gc.forest import Forest
 from kvstore.layout import Shard
+from kvstore.upkeep.roster import Roster
 
 
 class Orphan(NamedTuple):

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from kvstore.errors import RetryableError
-from kvstore.fsck.findings import MOVED, NOTES, Finding, Kind
-from kvstore.fsck.quarantine import Quarantine
+from kvstore.upkeep.findings import MOVED, NOTES, Finding, Kind
+from kvstore.upkeep.quarantine import Quarantine
 
 
 @dataclass

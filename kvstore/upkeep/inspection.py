@@ -18,10 +18,10 @@ from kvstore.chunk import (
 )
 from kvstore.codecs.registry import tensor_name
 from kvstore.errors import MisconfiguredError, MissError, MissReason
-from kvstore.fsck.findings import Kind
 from kvstore.keys import ChunkKey, ObjectName
 from kvstore.layout import ChunkForm
 from kvstore.namespace import Namespace
+from kvstore.upkeep.findings import Kind
 
 # The header of models of up to 93 layers.
 FIRST_BYTES = 4096

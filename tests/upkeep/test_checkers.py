@@ -7,8 +7,8 @@ import pytest
 from fsck_samples import EVERY, told_of, with_faults
 
 from kvstore import chunk
-from kvstore.fsck import inspection, namespace_check, verifier, walk
 from kvstore.gc.forest import Forest
+from kvstore.upkeep import inspection, namespace_check, verifier, walk
 
 FOREST_OF = Forest.of
 

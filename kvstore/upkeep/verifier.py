@@ -11,15 +11,15 @@ from dataclasses import dataclass
 
 from kvstore.backends.contract import Backend, ObjectInfo
 from kvstore.errors import MisconfiguredError
-from kvstore.fsck.findings import Finding, Kind
-from kvstore.fsck.ledger import Ledger, Tally
-from kvstore.fsck.namespace_check import NamespaceCheck, check_foreign
-from kvstore.fsck.quarantine import Quarantine, quarantine_folder
-from kvstore.fsck.sample import Sample
 from kvstore.gc.pace import Pace
 from kvstore.gc.paced_backend import PacedBackend
 from kvstore.keys import FORMAT_FOLDER, format_folder, namespace_folder, parse_object_name
 from kvstore.listing import namespaces
+from kvstore.upkeep.findings import Finding, Kind
+from kvstore.upkeep.ledger import Ledger, Tally
+from kvstore.upkeep.namespace_check import NamespaceCheck, check_foreign
+from kvstore.upkeep.quarantine import Quarantine, quarantine_folder
+from kvstore.upkeep.sample import Sample
 
 SETTLED_S = 900.0
 

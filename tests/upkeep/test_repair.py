@@ -17,10 +17,10 @@ from fsck_samples import (
 
 from kvstore.backends.memory import MemoryBackend, StoredObject
 from kvstore.errors import MisconfiguredError, RetryableError
-from kvstore.fsck import namespace_check, verifier
-from kvstore.fsck.findings import MOVED, Kind
-from kvstore.fsck.quarantine import Quarantine, quarantine_folder
-from kvstore.fsck.sample import Sample
+from kvstore.upkeep import namespace_check, verifier
+from kvstore.upkeep.findings import MOVED, Kind
+from kvstore.upkeep.quarantine import Quarantine, quarantine_folder
+from kvstore.upkeep.sample import Sample
 
 CHAIN = next(names for names in chain_names(intact()) if names[0].endswith(".0-3"))
 NAME = CHAIN[2]
