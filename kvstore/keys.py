@@ -90,7 +90,7 @@ class GrowingChain:
     def __init__(self, namespace: Namespace, tenant_salt: str = "") -> None:
         self.namespace = namespace
         self.keys: list[ChunkKey] = []
-        self._parent = _digest((_ROOT_TAG, namespace.digest, _salt_bytes(tenant_salt)))
+        self._parent = root_hash(namespace, tenant_salt)
 
     def extend(self, tokens: Sequence[int], extra_keys: Sequence[Sequence[bytes]] = ()) -> None:
         """Hash on with `tokens`, those after the last full chunk; see PrefixChain.of for `extra_keys`.
@@ -113,6 +113,11 @@ class GrowingChain:
     def chain(self) -> PrefixChain:
         """The keys so far."""
         return PrefixChain(self.namespace, tuple(self.keys))
+
+
+def root_hash(namespace: Namespace, tenant_salt: str) -> bytes:
+    """What the first chunk of every prefix of a tenant has as its parent."""
+    return _digest((_ROOT_TAG, namespace.digest, _salt_bytes(tenant_salt)))
 
 
 def _digest(fields: Iterable[bytes]) -> bytes:

@@ -12,7 +12,7 @@ import typer
 from kvstore.backends.contract import Backend
 from kvstore.cli.backend import run_on_backend
 from kvstore.cli.exits import ExitCode
-from kvstore.cli.options import Call
+from kvstore.cli.options import Call, check_namespace
 from kvstore.cli.output import Column, Output, printable, size_text
 from kvstore.gc.collector import Collector, Look, Report
 from kvstore.gc.lease import Leases
@@ -21,7 +21,6 @@ from kvstore.gc.pins import pin, unpin
 from kvstore.gc.policy import REASON_WORDS, Policy, Reason
 from kvstore.gc.store_clock import StoreClock
 from kvstore.keys import format_folder
-from kvstore.listing import NAMESPACE_NAME
 from kvstore.retries import Retries
 from kvstore.settings import Settings, resolve_settings
 
@@ -58,10 +57,6 @@ class Request:
 def collect(call: Call, request: Request) -> ExitCode:
     """Print what would go, or let it go and print what did."""
     settings = resolve_settings({**call.flags, **request.limits}).settings
-    if request.namespace and NAMESPACE_NAME.fullmatch(request.namespace) is None:
-        raise typer.BadParameter(
-            f"{request.namespace!r} is no namespace: 16 hex digits, as `kvstore ls` has them"
-        )
     output = call.output
 
     async def work(backend: Backend) -> ExitCode:
@@ -74,7 +69,7 @@ def collect(call: Call, request: Request) -> ExitCode:
             clock=clock,
             pace=Pace(settings.gc_requests_per_s, AT_ONCE, retried),
             leases=Leases(backend, settings.prefix, clock, retried),
-            only=request.namespace,
+            only=check_namespace(request.namespace),
             force=request.force,
         )
         if not request.apply:

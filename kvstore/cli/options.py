@@ -14,6 +14,7 @@ import typer
 from kvstore.cli.exits import ExitCode, exit_code_of
 from kvstore.cli.output import Output, printable
 from kvstore.errors import KVStoreError
+from kvstore.listing import NAMESPACE_NAME
 from kvstore.masking import without_user
 
 _Own = ParamSpec("_Own")
@@ -26,6 +27,13 @@ class Call:
 
     flags: Mapping[str, str]
     output: Output
+
+
+def check_namespace(text: str) -> str:
+    """`text`, if it is a namespace as `kvstore ls` has it, or empty."""
+    if text and NAMESPACE_NAME.fullmatch(text) is None:
+        raise typer.BadParameter(f"{text!r} is no namespace: 16 hex digits, as `kvstore ls` has them")
+    return text
 
 
 def node_command(body: Callable[Concatenate[Call, _Own], ExitCode]) -> Callable[..., None]:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import typer
-
 from kvstore.backends.contract import Backend
 from kvstore.cli.backend import run_on_backend
 from kvstore.cli.collection import AT_ONCE, print_failures
 from kvstore.cli.exits import ExitCode
 from kvstore.cli.objects import plain_words
-from kvstore.cli.options import Call
+from kvstore.cli.options import Call, check_namespace
 from kvstore.cli.output import Output, printable, size_text
 from kvstore.gc.collector import Look
 from kvstore.gc.lease import Leases
 from kvstore.gc.pace import Pace
 from kvstore.gc.store_clock import StoreClock
-from kvstore.listing import NAMESPACE_NAME, Description, describe
+from kvstore.listing import Description, describe
 from kvstore.retries import Retries
 from kvstore.settings import resolve_settings
 from kvstore.upkeep.removal import Removal, Removed
@@ -24,8 +22,7 @@ from kvstore.upkeep.removal import Removal, Removed
 def remove_namespace(call: Call, name: str, *, apply: bool, force: bool) -> ExitCode:
     """Print what would go with a namespace, or let it go."""
     settings = resolve_settings(call.flags).settings
-    if NAMESPACE_NAME.fullmatch(name) is None:
-        raise typer.BadParameter(f"{name!r} is no namespace: 16 hex digits, as `kvstore ls` has them")
+    check_namespace(name)
     output = call.output
 
     async def work(backend: Backend) -> ExitCode:

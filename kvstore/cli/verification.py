@@ -17,7 +17,7 @@ from kvstore.backends.contract import Backend
 from kvstore.backends.throttle import ThrottledBackend
 from kvstore.cli.backend import run_on_backend
 from kvstore.cli.exits import ExitCode
-from kvstore.cli.options import Call
+from kvstore.cli.options import Call, check_namespace
 from kvstore.cli.output import Column, Output, printable, size_text
 from kvstore.disk.events import DiskFailure
 from kvstore.disk.folder import DiskFolder
@@ -26,7 +26,6 @@ from kvstore.disk.journal_folder import JournalFolder
 from kvstore.disk.pending import Destination
 from kvstore.errors import MisconfiguredError
 from kvstore.gc.pace import Pace
-from kvstore.listing import NAMESPACE_NAME
 from kvstore.retries import Retries
 from kvstore.settings import BytesLimit, Settings, resolve_settings
 from kvstore.upkeep.disk import DiskCheck, DiskScope
@@ -69,10 +68,7 @@ class Request:
 def verify(call: Call, request: Request) -> ExitCode:
     """Check what was asked for and print what is found."""
     settings = resolve_settings(call.flags).settings
-    if request.namespace and NAMESPACE_NAME.fullmatch(request.namespace) is None:
-        raise typer.BadParameter(
-            f"{request.namespace!r} is no namespace: 16 hex digits, as `kvstore ls` has them"
-        )
+    check_namespace(request.namespace)
     sample, bytes_per_s = _sample_of(request), _rate_of(request.bytes_per_s)
     print_ = _Printer(call.output)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvstore.gc.chunks import NONE, Chunks, Flags, Int32s, Int64s, keys_of, match
+from kvstore.gc.chunks import HASH_BYTES, NONE, Bytes2D, Chunks, Flags, Int32s, Int64s, keys_of, match
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,20 @@ class Forest:
         for rows in reversed(list(self._upwards())):
             tops[rows] = tops[self.parent[rows]]
         return tops
+
+    def tenants(self, chunks: Chunks, tops: Int32s) -> tuple[Int32s, Bytes2D]:
+        """For each row a number for its tenant salt, NONE where it cannot be known; and by number its root.
+
+        The root is what a first chunk has as its parent: the hash of namespace and salt.
+        """
+        first = np.unique(tops)
+        first = first[(chunks.depth[first] == 0) & ~self.doubtful[first]]
+        roots, numbers = np.unique(
+            np.ascontiguousarray(chunks.parent[first]).view("V32").ravel(), return_inverse=True
+        )
+        tenant = np.full(len(tops), NONE, np.int32)
+        tenant[first] = numbers
+        return tenant[tops], roots.view(np.uint8).reshape(-1, HASH_BYTES)
 
     def _upwards(self) -> Iterator[Int64s]:
         """Rows that have a parent, level by level, the deepest first."""
