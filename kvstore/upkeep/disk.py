@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kvstore.backends.object_files import entries
-from kvstore.chunk import HEADER_REGION_BYTES_MAX, decode_header
+from kvstore.chunk import HEADER_REGION_BYTES_MAX
 from kvstore.disk.folder import UNFINISHED_FOLDER, DiskFolder, is_absence
 from kvstore.disk.journal_folder import (
     DESTINATION_DOCUMENT,
@@ -27,10 +27,9 @@ from kvstore.disk.journal_folder import (
     set_aside,
 )
 from kvstore.disk.pending import Pending, PendingName
-from kvstore.errors import MissError
 from kvstore.keys import FORMAT_FOLDER, ObjectName, parse_object_name
 from kvstore.upkeep.findings import MOVED, Finding, Kind
-from kvstore.upkeep.inspection import READ_BYTES, Fault, SectionChecks, fault_of, fault_of_miss
+from kvstore.upkeep.inspection import READ_BYTES, Fault, examine
 from kvstore.upkeep.ledger import Ledger
 from kvstore.upkeep.sample import Sample
 
@@ -145,22 +144,15 @@ class DiskCheck:
     def _fault(self, path: Path, parts: ObjectName) -> Fault | None:
         with _opened(path) as file:
             object_bytes = os.fstat(file).st_size
-            try:
-                header = decode_header(os.pread(file, HEADER_REGION_BYTES_MAX, 0))
-            except MissError as miss:
-                return fault_of_miss(miss)
-            self._ledger.tally.checked_bytes += header.extents[0].start
-            fault = fault_of(header, object_bytes, parts, None)
-            if fault is not None or self._scope.headers_only:
-                return fault
-            checks, at = SectionChecks(header), header.extents[0].start
-            while piece := os.pread(file, READ_BYTES, at):
-                for miss_ in checks.feed(piece):
-                    if miss_ is not None:
-                        return Fault(Kind.DAMAGED_SECTION, miss_.reason, str(miss_))
-                at += len(piece)
-                self._ledger.tally.checked_bytes += len(piece)
-        return None
+            headers_only = self._scope.headers_only
+            return examine(self._pieces(file), object_bytes, parts, None, headers_only=headers_only).fault
+
+    def _pieces(self, file: int) -> Iterator[bytes]:
+        at, length = 0, HEADER_REGION_BYTES_MAX
+        while piece := os.pread(file, length, at):
+            self._ledger.tally.checked_bytes += len(piece)
+            yield piece
+            at, length = at + len(piece), READ_BYTES
 
     def _set_pending_aside(self, path: Path, name: PendingName, parts: ObjectName) -> str:
         """Move a damaged pending chunk, if it is still there and in nobody's hands."""

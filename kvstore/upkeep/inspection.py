@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 from kvstore.backends.contract import ABSENT, Backend, Buffer
@@ -26,6 +27,8 @@ from kvstore.upkeep.findings import Kind
 # The header of models of up to 93 layers.
 FIRST_BYTES = 4096
 READ_BYTES = 8 << 20
+# No engine writes a larger one, and all of it may have to be held.
+WHOLE_BYTES_MAX = 1 << 30
 _DECODING = {MissReason.TRUNCATED: Kind.TRUNCATED, MissReason.BAD_VERSION: Kind.NEWER_VERSION}
 
 
@@ -165,6 +168,60 @@ class SectionChecks:
         except MissError as miss:
             return miss
         return None
+
+
+class Examined(NamedTuple):
+    """What all bytes of an object say. `header`: None where there is none that is intact."""
+
+    header: ChunkHeader | None
+    fault: Fault | None
+
+
+def examine(
+    pieces: Iterable[Buffer],
+    object_bytes: int,
+    parts: ObjectName,
+    namespace: Namespace | None,
+    *,
+    headers_only: bool = False,
+) -> Examined:
+    """Check an object that is at hand.
+
+    pieces  its bytes in order; the first piece holds all of the header. They are taken one by one.
+    """
+    left = iter(pieces)
+    first = memoryview(next(left, b""))
+    try:
+        header = decode_header(first)
+    except MissError as miss:
+        return Examined(None, fault_of_miss(miss))
+    fault = fault_of(header, object_bytes, parts, namespace)
+    if fault is not None or headers_only:
+        return Examined(header, fault)
+    checks, told = SectionChecks(header), 0
+    for piece in chain([first[header.extents[0].start :]], left):
+        for miss_ in checks.feed(piece):
+            if miss_ is not None:
+                detail = f"layer {told}: {miss_}"
+                return Examined(header, Fault(Kind.DAMAGED_SECTION, miss_.reason, detail))
+            told += 1
+    if told < len(header.sections):
+        return Examined(header, Fault(Kind.TRUNCATED, MissReason.TRUNCATED, "it ended while it was read"))
+    return Examined(header, None)
+
+
+async def read_whole(
+    backend: Backend, name: str, object_bytes: int, etag: str | None = None
+) -> list[bytearray] | None:
+    """An object's bytes in pieces; None where it is not there, has another size or not that ETag."""
+    pieces = []
+    for start in range(0, object_bytes, READ_BYTES):
+        piece = bytearray(min(READ_BYTES, object_bytes - start))
+        answer = await backend.read_into(name, start, memoryview(piece), if_match=etag)
+        if answer is ABSENT or answer.object_bytes != object_bytes or answer.length != len(piece):
+            return None
+        pieces.append(piece)
+    return pieces
 
 
 async def section_faults(backend: Backend, inspection: Inspection) -> AsyncIterator[MissError | None]:

@@ -6,12 +6,10 @@ import asyncio
 
 import xxhash
 
-from kvstore.backends.contract import ABSENT, Backend
+from kvstore.backends.contract import Backend
 from kvstore.keys import FORMAT_FOLDER, format_folder
-from kvstore.upkeep.inspection import READ_BYTES
+from kvstore.upkeep.inspection import WHOLE_BYTES_MAX, read_whole
 
-# A larger one than this no engine writes in one request.
-QUARANTINED_BYTES_MAX = 1 << 30
 _GONE = "left: it was removed or replaced meanwhile"
 
 
@@ -44,28 +42,17 @@ class Quarantine:
             info = await self._backend.head(name)
             if info is None or info.etag != etag:
                 return _GONE
-            if info.object_bytes > QUARANTINED_BYTES_MAX:
+            if info.object_bytes > WHOLE_BYTES_MAX:
                 return f"left: {info.object_bytes} bytes are too many to copy"
-            data = await self._read(name, info.object_bytes, etag)
+            data = await read_whole(self._backend, name, info.object_bytes, etag)
             if data is None:
                 return _GONE
             place = self.place_of(name, etag)
             await self._backend.put(place, data, if_absent=True)
-            if await self._read(place, info.object_bytes) != data:
+            if await read_whole(self._backend, place, info.object_bytes) != data:
                 return f"left: what is in {place} is another object; remove it"
             info = await self._backend.head(name)
             if info is None or info.etag != etag:
                 return _GONE
             await self._backend.delete([name])
             return f"moved to {place}"
-
-    async def _read(self, name: str, object_bytes: int, etag: str | None = None) -> list[bytearray] | None:
-        """The object's bytes in pieces; None where it is not there, or not this one."""
-        pieces = []
-        for start in range(0, object_bytes, READ_BYTES):
-            piece = bytearray(min(READ_BYTES, object_bytes - start))
-            answer = await self._backend.read_into(name, start, memoryview(piece), if_match=etag)
-            if answer is ABSENT or answer.object_bytes != object_bytes or answer.length != len(piece):
-                return None
-            pieces.append(piece)
-        return pieces

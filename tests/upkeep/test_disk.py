@@ -16,6 +16,7 @@ from kvstore.disk.journal_folder import JournalFolder
 from kvstore.disk.pending import Destination, Pending, PendingName
 from kvstore.disk.tier import DiskTier
 from kvstore.upkeep import disk as disk_check
+from kvstore.upkeep import inspection
 from kvstore.upkeep.disk import DiskCheck, DiskScope
 from kvstore.upkeep.findings import MOVED, Finding, Kind
 from kvstore.upkeep.ledger import Ledger
@@ -131,16 +132,17 @@ def test_p15_all_faults_are_told_and_nothing_else(root, seed):
 
 
 MUTANTS = {
-    "headers": ("fault_of_miss", lambda miss: None),
-    "names and sizes": ("fault_of", lambda *_: None),
-    "locks": ("_is_left", lambda path: False),
+    "headers": (inspection, "fault_of_miss", lambda miss: None),
+    "names and sizes": (inspection, "fault_of", lambda *_: None),
+    "sections": (inspection.SectionChecks, "_verdict", lambda self, section: None),
+    "locks": (disk_check, "_is_left", lambda path: False),
 }
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_p15_a_checker_that_does_not_check_would_be_seen(root, monkeypatch, mutant):
     due = spoil(root, random.Random(1))
-    monkeypatch.setattr(disk_check, *MUTANTS[mutant])
+    monkeypatch.setattr(*MUTANTS[mutant])
     assert told(check(root)) != due
 
 
