@@ -158,7 +158,7 @@ def _print_look(output: Output, look: Look, settings: Settings, *, list_chunks: 
         )
     for count, what in (
         (planned.doubtful, "chunks whose place is not known: nothing of their namespace and shard goes"),
-        (look.inventory.damaged, "chunks with a damaged header, left alone: see `kvstore show`"),
+        (look.inventory.damaged, "chunks with a damaged header, left alone: see `kvstore verify`"),
     ):
         if count:
             output.line(f"{count} {what}", "yellow")

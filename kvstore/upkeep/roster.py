@@ -62,22 +62,22 @@ class Roster:
 
     @property
     def refused(self) -> Flags:
-        """Rows of chunks that readers refuse."""
-        return np.frombuffer(bytes(self._refused), np.bool_)
+        """Rows of chunks that readers refuse. None can be added any more."""
+        return np.frombuffer(self._refused, np.bool_)
 
     def chunks(self) -> Chunks:
-        """All of them, as one namespace; a place is known where a header was read."""
+        """All of them, as one namespace; places are known where headers were. None can be added any more."""
         count = len(self)
-        stored_s = np.frombuffer(bytes(self._stored_s), np.float64)
+        stored_s = np.frombuffer(self._stored_s, np.float64)
         return Chunks(
             namespace=np.zeros(count, np.int32),
-            shard=np.frombuffer(bytes(self._shard), np.int32),
-            hash=np.frombuffer(bytes(self._hashes), np.uint8).reshape(-1, HASH_BYTES),
-            parent=np.frombuffer(bytes(self._parents), np.uint8).reshape(-1, HASH_BYTES),
-            parent_known=np.frombuffer(bytes(self._known), np.bool_),
-            depth=np.frombuffer(bytes(self._depth), np.int32),
+            shard=np.frombuffer(self._shard, np.int32),
+            hash=np.frombuffer(self._hashes, np.uint8).reshape(-1, HASH_BYTES),
+            parent=np.frombuffer(self._parents, np.uint8).reshape(-1, HASH_BYTES),
+            parent_known=np.frombuffer(self._known, np.bool_),
+            depth=np.frombuffer(self._depth, np.int32),
             tokens=np.zeros(count, np.int32),
-            object_bytes=np.frombuffer(bytes(self._object_bytes), np.int64),
+            object_bytes=np.frombuffer(self._object_bytes, np.int64),
             stored_s=stored_s,
             touched_s=stored_s,
             touches=np.zeros(count, np.int32),

@@ -37,7 +37,8 @@ def run(rgw, monkeypatch):
                     await backend.put(name, [data], if_absent=False)
                 return await work(backend)
             finally:
-                await backend.delete([*await names_of(backend, f"{PREFIX}/"), *await names_of(backend, "copy/")])
+                for folder in (f"{PREFIX}/", "copy/"):
+                    await backend.delete(await names_of(backend, folder))
                 await backend.close()
 
         return asyncio.run(opened())

@@ -133,6 +133,14 @@ def test_nothing_is_removed_where_its_copy_reads_back_differently():
     assert NAME in found
 
 
+def test_a_repair_goes_on_where_one_was_interrupted():
+    found = stored(intact() | {NAME: flipped(intact()[NAME])})
+    place = place_of(found[NAME].etag)
+    found[place] = StoredObject(found[NAME].data, "copy", 0.0)
+    assert repair(MemoryBackend(found))[-1].outcome == f"moved to {place}"
+    assert NAME not in found
+
+
 def test_a_later_version_is_left_alone():
     newer = intact()[NAME][:8] + b"\2" + intact()[NAME][9:]
     found = stored(intact() | {NAME: newer})
