@@ -28,6 +28,8 @@ from kvstore.disk.journal_folder import (
 )
 from kvstore.disk.pending import Pending, PendingName
 from kvstore.keys import FORMAT_FOLDER, ObjectName, parse_object_name
+from kvstore.listing import DOCUMENT_BYTES_MAX
+from kvstore.namespace import Namespace
 from kvstore.upkeep.findings import MOVED, Finding, Kind
 from kvstore.upkeep.inspection import READ_BYTES, Fault, examine
 from kvstore.upkeep.ledger import Ledger
@@ -116,7 +118,7 @@ class DiskCheck:
     def _pending_file(self, entry: os.DirEntry[str], name: PendingName) -> None:
         parts = parse_object_name("", name.object_name)
         if parts is None or not entry.is_file(follow_symlinks=False):
-            if entry.name != NAMESPACE_DOCUMENT:
+            if entry.name != NAMESPACE_DOCUMENT or not _is_document(Path(entry.path)):
                 self._stray(Kind.STRAY_FILE, entry)
             return
         self._ledger.tally.listed_objects += 1
@@ -199,6 +201,17 @@ def _opened(path: Path) -> Iterator[int]:
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(file)
+
+
+def _is_document(path: Path) -> bool:
+    """Whether a file says what the namespace is that its folder is named after, if it can be read."""
+    try:
+        with _opened(path) as file:
+            namespace = Namespace.from_document(os.read(file, DOCUMENT_BYTES_MAX + 1))
+    except OSError:
+        # Gone, or another user's.
+        return True
+    return namespace is not None and namespace.name == path.parent.name
 
 
 def _is_left(path: Path) -> bool:

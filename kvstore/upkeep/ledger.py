@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from kvstore.errors import RetryableError
+from kvstore.errors import KVStoreError
 from kvstore.upkeep.findings import MOVED, NOTES, Finding, Kind
 from kvstore.upkeep.quarantine import Quarantine
 
@@ -52,7 +52,8 @@ class Ledger:
         if self._quarantine is not None and finding.kind in MOVED:
             try:
                 outcome = await self._quarantine.move(finding.name, etag)
-            except RetryableError as error:
+            except KVStoreError as error:
+                # As where it may not be removed. What else is found is told all the same.
                 outcome = f"left: {error}"
             finding = replace(finding, outcome=outcome)
         self.note(finding)

@@ -93,6 +93,7 @@ def spoil(root: Path, source: random.Random) -> list[tuple[Kind, str]]:
             root / "pending" / HERE.name / "notes",
             pending_path(root, 6).parent / "notes",
             pending_path(root, 6).parent / f"{KEYS[0].hash.hex()}.2-0",
+            pending_path(root, 10, ELSEWHERE).parent / "namespace.json",
         ],
         Kind.FOREIGN_FILE: [
             root / "v1" / "notes",
