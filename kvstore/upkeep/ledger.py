@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+from kvstore.backends.contract import Buffer
 from kvstore.errors import KVStoreError
 from kvstore.upkeep.findings import MOVED, NOTES, Finding, Kind
 from kvstore.upkeep.quarantine import Quarantine
@@ -47,11 +48,14 @@ class Ledger:
         self.tally.findings[finding.kind] += 1
         self._tell(finding)
 
-    async def repair(self, finding: Finding, etag: str) -> None:
-        """Move the object, if it is one to move and still has that ETag; then count and tell the finding."""
+    async def repair(self, finding: Finding, etag: str, is_whole: Callable[[Sequence[Buffer]], bool]) -> None:
+        """Move the object, if it is one to move and still has that ETag; then count and tell the finding.
+
+        is_whole  see Quarantine.move
+        """
         if self._quarantine is not None and finding.kind in MOVED:
             try:
-                outcome = await self._quarantine.move(finding.name, etag)
+                outcome = await self._quarantine.move(finding.name, etag, is_whole)
             except KVStoreError as error:
                 # As where it may not be removed. What else is found is told all the same.
                 outcome = f"left: {error}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from kvstore.backends.contract import Backend, ObjectInfo
+from collections.abc import Sequence
+
+from kvstore.backends.contract import Backend, Buffer, ObjectInfo
 from kvstore.errors import MissError, MissReason, RetryableError
 from kvstore.gc.chunks import Chunks
 from kvstore.gc.forest import Forest
@@ -10,10 +12,12 @@ from kvstore.gc.pace import Pace
 from kvstore.keys import ObjectName, chunk_name, namespace_document_name
 from kvstore.layout import Shard
 from kvstore.listing import NO_DOCUMENT, describe
+from kvstore.namespace import Namespace
 from kvstore.upkeep.findings import Finding, Kind
 from kvstore.upkeep.inspection import (
     DamagedObjectError,
     Inspection,
+    examine,
     inspect_object,
     read_header,
     section_faults,
@@ -90,17 +94,17 @@ class NamespaceCheck:
             except DamagedObjectError as error:
                 if error.kind is not Kind.NEWER_VERSION:
                     self._roster.refuse(row)
-                await self._ledger.repair(Finding(error.kind, name, str(error)), error.etag)
+                await self._repair(Finding(error.kind, name, str(error)), error.etag, parts)
                 return
             if read is None:
                 # Removed since it was listed.
                 return
             self._roster.place(row, read.header)
-            if await self._check_sections(row, read):
+            if await self._check_sections(row, read, parts):
                 return
         self._ledger.note(Finding(Kind.UNREAD, name, "it was replaced each time while it was read"))
 
-    async def _check_sections(self, row: int, read: Inspection) -> bool:
+    async def _check_sections(self, row: int, read: Inspection, parts: ObjectName) -> bool:
         """Whether the object was still the one of that header."""
         if self._headers_only:
             self._ledger.tally.checked_bytes += read.header.extents[0].start
@@ -113,8 +117,15 @@ class NamespaceCheck:
         if layers:
             self._roster.refuse(row)
             detail = f"of {len(faults)} layers these are damaged: {', '.join(layers)}"
-            await self._ledger.repair(Finding(Kind.DAMAGED_SECTION, read.name, detail), read.etag)
+            await self._repair(Finding(Kind.DAMAGED_SECTION, read.name, detail), read.etag, parts)
         return True
+
+    async def _repair(self, finding: Finding, etag: str, parts: ObjectName) -> None:
+        def is_whole(pieces: Sequence[Buffer]) -> bool:
+            object_bytes = sum(len(piece) for piece in pieces)
+            return examine(pieces, object_bytes, parts, self._description.namespace).fault is None
+
+        await self._ledger.repair(finding, etag, is_whole)
 
     async def _check_document(self) -> None:
         """Look again at a document that could not be believed: an engine may have written it since."""
@@ -128,7 +139,13 @@ class NamespaceCheck:
         if info is None:
             self._ledger.note(Finding(Kind.NO_DOCUMENT, self._document_name, detail))
         else:
-            await self._ledger.repair(Finding(Kind.DAMAGED_DOCUMENT, info.name, detail), info.etag)
+            await self._ledger.repair(
+                Finding(Kind.DAMAGED_DOCUMENT, info.name, detail), info.etag, self._is_document
+            )
+
+    def _is_document(self, pieces: Sequence[Buffer]) -> bool:
+        found = Namespace.from_document(b"".join(pieces))
+        return found is not None and found.name == self._name
 
     async def _check_structure(self) -> None:
         chunks = self._roster.chunks()
@@ -203,6 +220,6 @@ async def check_foreign(backend: Backend, ledger: Ledger, sample: Sample, info: 
             read = None
         if read is not None:
             detail = f"holds chunk {read.header.hash.hex()}.{read.header.shard}; its name is no chunk's"
-            await ledger.repair(Finding(Kind.MISPLACED, info.name, detail), read.etag)
+            await ledger.repair(Finding(Kind.MISPLACED, info.name, detail), read.etag, lambda _: False)
             return
     ledger.note(Finding(Kind.FOREIGN, info.name, f"{info.object_bytes} bytes"))

@@ -73,4 +73,4 @@ async def _believe(self, chunks, row, missing):
 
 def test_the_simulation_catches_a_check_that_does_not_look_again():
     with mock.patch.object(namespace_check.NamespaceCheck, "_lasts", _believe):
-        assert Kind.UNREACHABLE in run(range(3 * SEEDS))[1]
+        assert any(Kind.UNREACHABLE in run(range(seed, seed + 1))[1] for seed in range(3 * SEEDS))

@@ -141,6 +141,25 @@ def test_a_repair_goes_on_where_one_was_interrupted():
     assert NAME not in found
 
 
+def test_what_was_damaged_on_its_way_alone_is_not_moved():
+    class Noisy(MemoryBackend):
+        async def read_into(self, name, offset, out, *, if_match=None):
+            answer = await super().read_into(name, offset, out, if_match=if_match)
+            if name == NAME and offset and not noise:
+                noise.append(name)
+                out[0] ^= 1
+            return answer
+
+    noise: list[str] = []
+    found = stored(intact())
+    [finding] = repair(Noisy(found))
+    assert (finding.kind, finding.outcome) == (
+        Kind.DAMAGED_SECTION,
+        "left: read once more, it is whole",
+    )
+    assert NAME in found
+
+
 def test_a_later_version_is_left_alone():
     newer = intact()[NAME][:8] + b"\2" + intact()[NAME][9:]
     found = stored(intact() | {NAME: newer})
