@@ -187,6 +187,22 @@ def verify_section(section: SectionEntry, extent: Buffer) -> None:
         raise MissError(MissReason.BAD_CHECKSUM, "a section's checksum differs")
 
 
+class SectionDigest:
+    """A section's checksum, fed with its bytes and padding in order, in pieces."""
+
+    def __init__(self) -> None:
+        self._digest = xxhash.xxh3_128()
+
+    def update(self, piece: Buffer) -> None:
+        """Go on with the next bytes. Releases the GIL."""
+        self._digest.update(piece)
+
+    def verify(self, section: SectionEntry) -> None:
+        """Compare it. Raises MissError(BAD_CHECKSUM)."""
+        if self._digest.digest() != section.checksum:
+            raise MissError(MissReason.BAD_CHECKSUM, "a section's checksum differs")
+
+
 def _header_checksum(region: memoryview) -> bytes:
     digest = xxhash.xxh3_128(region[:_CHECKSUM_AT])
     digest.update(region[PREAMBLE_BYTES:])

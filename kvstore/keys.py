@@ -90,7 +90,7 @@ class GrowingChain:
     def __init__(self, namespace: Namespace, tenant_salt: str = "") -> None:
         self.namespace = namespace
         self.keys: list[ChunkKey] = []
-        self._parent = _digest((_ROOT_TAG, namespace.digest, _salt_bytes(tenant_salt)))
+        self._parent = root_hash(namespace, tenant_salt)
 
     def extend(self, tokens: Sequence[int], extra_keys: Sequence[Sequence[bytes]] = ()) -> None:
         """Hash on with `tokens`, those after the last full chunk; see PrefixChain.of for `extra_keys`.
@@ -113,6 +113,11 @@ class GrowingChain:
     def chain(self) -> PrefixChain:
         """The keys so far."""
         return PrefixChain(self.namespace, tuple(self.keys))
+
+
+def root_hash(namespace: Namespace, tenant_salt: str) -> bytes:
+    """What the first chunk of every prefix of a tenant has as its parent."""
+    return _digest((_ROOT_TAG, namespace.digest, _salt_bytes(tenant_salt)))
 
 
 def _digest(fields: Iterable[bytes]) -> bytes:
@@ -152,8 +157,13 @@ class ObjectName(NamedTuple):
 
 def object_name(prefix: str, key: ChunkKey, shard: Shard) -> str:
     """`<prefix>/v1/<namespace, 16 hex>/<hash, first 2 hex>/<hash hex>.<shard>`."""
-    digits = key.hash.hex()
-    return f"{namespace_folder(prefix, key.namespace_digest.hex()[:16])}{digits[:2]}/{digits}.{shard}"
+    return chunk_name(prefix, ObjectName(key.namespace_digest.hex()[:16], key.hash, shard))
+
+
+def chunk_name(prefix: str, parts: ObjectName) -> str:
+    """The name that has these parts: what `parse_object_name` takes apart."""
+    digits = parts.hash.hex()
+    return f"{namespace_folder(prefix, parts.namespace_name)}{digits[:2]}/{digits}.{parts.shard}"
 
 
 def namespace_document_name(prefix: str, namespace_name: str) -> str:

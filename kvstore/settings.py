@@ -237,7 +237,7 @@ class Settings(BaseSettings):
         description="a number above 0, up to 1: the share of chunks and bytes that one run marks at most",
     )
     gc_requests_per_s: Annotated[float, BeforeValidator(_no_bool), Field(ge=1, le=100_000)] = Field(
-        500.0, description="requests a second that `kvstore gc` makes at most"
+        500.0, description="requests a second that `kvstore gc`, verify and the like make at most"
     )
 
     @model_validator(mode="after")

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from kvstore.backends.contract import ABSENT, Backend, ObjectInfo
+from kvstore.backends.contract import Backend, ObjectInfo
 from kvstore.errors import KVStoreError
 from kvstore.keys import (
     ObjectName,
@@ -21,9 +21,7 @@ from kvstore.keys import (
     parse_object_name,
 )
 from kvstore.listing import NAMESPACE_NAME, namespaces
-from kvstore.namespace import Namespace
 
-DOCUMENT_BYTES_MAX = 64 * 1024
 HASH_DIGITS_MIN = 6
 CANDIDATES_MAX = 8
 _TARGET = re.compile(r"(?P<namespace>[0-9a-f]{1,15}|[0-9a-f]{16}(?:/(?P<hash>[0-9a-f]{0,64}))?)")
@@ -34,13 +32,6 @@ _KEY = re.compile(
 
 class NoSuchObjectError(KVStoreError):
     """Nothing, or more than one thing, goes by the name that a person gave."""
-
-
-class Description(NamedTuple):
-    """What namespace.json says; without a namespace, `fault` says why it cannot be believed."""
-
-    namespace: Namespace | None
-    fault: str = ""
 
 
 @dataclass
@@ -116,23 +107,6 @@ async def chunk_objects(
 def _narrowed(prefix: str, target: Target) -> str:
     folder, digits = namespace_folder(prefix, target.namespace), target.hash
     return f"{folder}{digits[:2]}/{digits}" if len(digits) > 1 else folder + digits
-
-
-async def describe(backend: Backend, prefix: str, namespace: str) -> Description:
-    """Read namespace.json and compare it with the digest its folder is named by."""
-    data = bytearray(DOCUMENT_BYTES_MAX)
-    answer = await backend.read_into(namespace_document_name(prefix, namespace), 0, memoryview(data))
-    if answer is ABSENT:
-        return Description(None, "no namespace.json")
-    if answer.object_bytes > DOCUMENT_BYTES_MAX:
-        return Description(None, f"damaged: namespace.json has {answer.object_bytes} bytes")
-    document = bytes(data[: answer.length])
-    found = Namespace.from_document(document)
-    if found is None:
-        return Description(None, "damaged: namespace.json is not what kvstore writes")
-    if found.name != namespace:
-        return Description(None, "damaged: namespace.json describes another namespace")
-    return Description(found)
 
 
 class KeyPattern(NamedTuple):

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import typer
 
 from kvstore.backends.contract import Backend
 from kvstore.cli.backend import run_on_backend
 from kvstore.cli.exits import ExitCode
-from kvstore.cli.options import Call
+from kvstore.cli.options import Call, check_namespace, parse_chunk
 from kvstore.cli.output import Column, Output, printable, size_text
 from kvstore.gc.collector import Collector, Look, Report
 from kvstore.gc.lease import Leases
@@ -20,14 +18,11 @@ from kvstore.gc.pace import Pace
 from kvstore.gc.pins import pin, unpin
 from kvstore.gc.policy import REASON_WORDS, Policy, Reason
 from kvstore.gc.store_clock import StoreClock
-from kvstore.keys import format_folder
-from kvstore.listing import NAMESPACE_NAME
 from kvstore.retries import Retries
 from kvstore.settings import Settings, resolve_settings
 
 AT_ONCE = 32
 PIN_TIMEOUT_S = 900.0
-_CHUNK = re.compile(r"(?P<namespace>[0-9a-f]{16})/(?:[0-9a-f]{2}/)?(?P<hash>[0-9a-f]{64})(?:\.\d+-\d+)?")
 _GOING = (
     Column("namespace", "namespace"),
     Column("chunks", "chunks", right=True),
@@ -58,10 +53,6 @@ class Request:
 def collect(call: Call, request: Request) -> ExitCode:
     """Print what would go, or let it go and print what did."""
     settings = resolve_settings({**call.flags, **request.limits}).settings
-    if request.namespace and NAMESPACE_NAME.fullmatch(request.namespace) is None:
-        raise typer.BadParameter(
-            f"{request.namespace!r} is no namespace: 16 hex digits, as `kvstore ls` has them"
-        )
     output = call.output
 
     async def work(backend: Backend) -> ExitCode:
@@ -74,7 +65,7 @@ def collect(call: Call, request: Request) -> ExitCode:
             clock=clock,
             pace=Pace(settings.gc_requests_per_s, AT_ONCE, retried),
             leases=Leases(backend, settings.prefix, clock, retried),
-            only=request.namespace,
+            only=check_namespace(request.namespace),
             force=request.force,
         )
         if not request.apply:
@@ -104,7 +95,7 @@ def policy_of(settings: Settings, *, force: bool) -> Policy:
 def pin_chunk(call: Call, text: str) -> ExitCode:
     """Pin the chunk that `text` names."""
     settings = resolve_settings(call.flags).settings
-    namespace, hash_ = _parse_chunk(settings, text)
+    namespace, hash_ = parse_chunk(settings.prefix, text)
     pinned = run_on_backend(
         settings, lambda backend: pin(backend, settings.prefix, namespace, hash_, timeout_s=PIN_TIMEOUT_S)
     )
@@ -116,18 +107,11 @@ def pin_chunk(call: Call, text: str) -> ExitCode:
 def unpin_chunk(call: Call, text: str) -> ExitCode:
     """Take the pin from the chunk that `text` names."""
     settings = resolve_settings(call.flags).settings
-    namespace, hash_ = _parse_chunk(settings, text)
+    namespace, hash_ = parse_chunk(settings.prefix, text)
     found = run_on_backend(settings, lambda backend: unpin(backend, settings.prefix, namespace, hash_))
     return _print_pin(
         call.output, namespace, hash_, "pinned no more" if found else "was not pinned", ok=found
     )
-
-
-def _parse_chunk(settings: Settings, text: str) -> tuple[str, bytes]:
-    match = _CHUNK.fullmatch(text.removeprefix(format_folder(settings.prefix)))
-    if match is None:
-        raise typer.BadParameter(f"{text!r} is not NAMESPACE/HASH, in 16 and 64 hex digits")
-    return match["namespace"], bytes.fromhex(match["hash"])
 
 
 def _print_pin(output: Output, namespace: str, hash_: bytes, what: str, *, ok: bool) -> ExitCode:
@@ -174,11 +158,11 @@ def _print_look(output: Output, look: Look, settings: Settings, *, list_chunks: 
         )
     for count, what in (
         (planned.doubtful, "chunks whose place is not known: nothing of their namespace and shard goes"),
-        (look.inventory.damaged, "chunks with a damaged header, left alone: see `kvstore show`"),
+        (look.inventory.damaged, "chunks with a damaged header, left alone: see `kvstore verify`"),
     ):
         if count:
             output.line(f"{count} {what}", "yellow")
-    return _print_failures(output, look.inventory.failed)
+    return print_failures(output, look.inventory.failed)
 
 
 def _reason_rows(look: Look) -> Iterator[dict[str, object]]:
@@ -250,10 +234,11 @@ def _print_report(output: Output, report: Report, settings: Settings, *, list_ch
     if report.busy:
         output.line(f"another collection is at work on {len(report.busy)} spans: left to it")
     failed = {**report.look.inventory.failed, **{str(span): why for span, why in report.failed.items()}}
-    return _print_failures(output, failed)
+    return print_failures(output, failed)
 
 
-def _print_failures(output: Output, failed: Mapping[str, str]) -> ExitCode:
+def print_failures(output: Output, failed: Mapping[str, str]) -> ExitCode:
+    """Say what was left alone because of an error, and why."""
     for what, why in failed.items():
         output.line(f"{what} was left alone: {printable(why)}", "red")
     return ExitCode.FINDINGS if failed else ExitCode.OK

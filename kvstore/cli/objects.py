@@ -8,24 +8,23 @@ from kvstore.backends.contract import Backend
 from kvstore.cli.backend import run_on_backend
 from kvstore.cli.catalog import (
     HASH_DIGITS_MIN,
-    Description,
     NoSuchObjectError,
     Target,
     Usage,
     chunk_objects,
-    describe,
     find_object,
     parse_key,
     parse_target,
     usages,
 )
 from kvstore.cli.exits import ExitCode
-from kvstore.cli.inspection import Inspection, inspect_object, section_faults
 from kvstore.cli.options import Call
 from kvstore.cli.output import Column, Output, printable, size_text, time_text
 from kvstore.errors import MissError
 from kvstore.keys import format_folder, namespace_folder, parse_object_name
+from kvstore.listing import NO_DOCUMENT, Description, describe
 from kvstore.settings import resolve_settings
+from kvstore.upkeep.inspection import Inspection, inspect_object, section_faults
 
 
 def _joined(names: object) -> str:
@@ -115,8 +114,7 @@ async def _list_namespaces(
         foreign += usage.foreign
         if not usage.namespace:
             break
-        fallback = Description(None, "no namespace.json")
-        found = await describe(backend, prefix, usage.namespace) if usage.documented else fallback
+        found = await describe(backend, prefix, usage.namespace) if usage.documented else NO_DOCUMENT
         listing.add(_namespace_row(usage, found))
     place = f"{backend.location} under {format_folder(prefix)}"
     if target.namespace and not listing.rows:
@@ -182,16 +180,22 @@ def _count(number: int, what: str) -> str:
 
 
 async def _show(backend: Backend, prefix: str, name: str, output: Output, *, verify: bool) -> ExitCode:
+    parts = parse_object_name(prefix, name)
+    if parts is None:
+        raise NoSuchObjectError(f"{name} is no chunk's name under the prefix {prefix!r}")
+    description = await describe(backend, prefix, parts.namespace_name)
     try:
-        inspection = await inspect_object(backend, prefix, name)
+        inspection = await inspect_object(backend, name, parts, description.namespace)
     except MissError as error:
         output.record("damage", {"name": name, "reason": error.reason, "detail": str(error)})
         raise MissError(error.reason, f"{name} is damaged ({error.reason}): {error}") from None
+    if inspection is None:
+        raise NoSuchObjectError(f"there is no object {name} in {backend.location}")
     faults: list[MissError | None] = []
     if verify:
         with output.progress(f"reading {len(inspection.header.sections)} sections"):
             faults = [fault async for fault in section_faults(backend, inspection)]
-    _print(inspection, faults, output)
+    _print(inspection, description, faults, output)
     for layer, fault in enumerate(faults):
         if fault is not None:
             text = f"{name} is damaged ({fault.reason}): section {layer}: {fault}"
@@ -200,7 +204,9 @@ async def _show(backend: Backend, prefix: str, name: str, output: Output, *, ver
     return ExitCode.OK
 
 
-def _print(inspection: Inspection, faults: list[MissError | None], output: Output) -> None:
+def _print(
+    inspection: Inspection, description: Description, faults: list[MissError | None], output: Output
+) -> None:
     header = inspection.header
     verified = ["not read; see --verify" for _ in header.sections]
     whole = "header only; --verify reads the sections, too"
@@ -213,8 +219,8 @@ def _print(inspection: Inspection, faults: list[MissError | None], output: Outpu
         "hash": header.hash.hex(),
         "parent": header.parent.hex(),
         "depth": header.depth,
-        "namespace": inspection.namespace_name,
-        "stands_for": plain_words(inspection.description),
+        "namespace": header.namespace_digest.hex()[:16],
+        "stands_for": plain_words(description),
         "shard": str(header.shard),
         "tokens": header.tokens,
         "codecs": [*header.codecs] or ["none"],

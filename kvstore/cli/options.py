@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,9 +15,12 @@ import typer
 from kvstore.cli.exits import ExitCode, exit_code_of
 from kvstore.cli.output import Output, printable
 from kvstore.errors import KVStoreError
+from kvstore.keys import format_folder
+from kvstore.listing import NAMESPACE_NAME
 from kvstore.masking import without_user
 
 _Own = ParamSpec("_Own")
+_CHUNK = re.compile(r"(?P<namespace>[0-9a-f]{16})/(?:[0-9a-f]{2}/)?(?P<hash>[0-9a-f]{64})(?:\.\d+-\d+)?")
 _PANEL = "Settings (over the environment, over the file that KVSTORE_CONFIG names)"
 
 
@@ -26,6 +30,21 @@ class Call:
 
     flags: Mapping[str, str]
     output: Output
+
+
+def check_namespace(text: str) -> str:
+    """`text`, if it is a namespace as `kvstore ls` has it, or empty."""
+    if text and NAMESPACE_NAME.fullmatch(text) is None:
+        raise typer.BadParameter(f"{text!r} is no namespace: 16 hex digits, as `kvstore ls` has them")
+    return text
+
+
+def parse_chunk(prefix: str, text: str) -> tuple[str, bytes]:
+    """Namespace and hash of the chunk that `text` names in full."""
+    match = _CHUNK.fullmatch(text.removeprefix(format_folder(prefix)))
+    if match is None:
+        raise typer.BadParameter(f"{text!r} is not NAMESPACE/HASH, in 16 and 64 hex digits")
+    return match["namespace"], bytes.fromhex(match["hash"])
 
 
 def node_command(body: Callable[Concatenate[Call, _Own], ExitCode]) -> Callable[..., None]:

@@ -11,8 +11,7 @@ import io
 import json
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -135,13 +134,16 @@ class Output:
         """Rows printed as they come, however many."""
         return Listing(self, kind, columns)
 
-    def progress(self, text: str) -> AbstractContextManager[object]:
-        """Say on a terminal, and only there, what is being waited for."""
+    @contextlib.contextmanager
+    def progress(self, text: str) -> Iterator[Callable[[str], None]]:
+        """Say on a terminal, and only there, what is being waited for. What comes out changes the text."""
         if self.as_json or not self._console.is_terminal:
-            return contextlib.nullcontext()
+            yield lambda _: None
+            return
         from rich.text import Text
 
-        return self._console.status(Text(text))
+        with self._console.status(Text(text)) as status:
+            yield lambda text: status.update(Text(text))
 
     @cached_property
     def _console(self) -> Console:

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from kvstore.backends.contract import Backend
-from kvstore.cli.catalog import Description, Target, chunk_objects, describe
+from kvstore.cli.catalog import Target, chunk_objects
 from kvstore.cli.differences import differences, lines_of_group, lines_of_pair, model_key, shard_words
 from kvstore.cli.examination import Check, Outcome, Site, failed, passed, warned
 from kvstore.cli.output import printable
 from kvstore.keys import format_folder
 from kvstore.layout import Shard
-from kvstore.listing import namespaces
+from kvstore.listing import Description, describe, namespaces
 from kvstore.namespace import Namespace
 
 NAMESPACES_MAX = 1024

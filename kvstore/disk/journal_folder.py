@@ -45,8 +45,8 @@ from kvstore.namespace import Namespace
 
 PENDING_FOLDER = "pending"
 QUARANTINE_FOLDER = "quarantine"
-_DESTINATION_DOCUMENT = "destination.json"
-_NAMESPACE_DOCUMENT = "namespace.json"
+DESTINATION_DOCUMENT = "destination.json"
+NAMESPACE_DOCUMENT = "namespace.json"
 _FOLDER_NAME = re.compile(r"[0-9a-f]{16}\Z")
 _NAMESPACE_DOCUMENT_BYTES_MAX = 1 << 16
 _QUARANTINE_NAME_BYTES_MAX = 160
@@ -103,7 +103,6 @@ class JournalFolder:
         self._destination = destination
         self._pending = folder.root / PENDING_FOLDER
         self._own = self._pending / destination.name
-        self._quarantine = folder.root / QUARANTINE_FOLDER
         self._prepared: set[str] = set()
 
     def write(
@@ -136,7 +135,7 @@ class JournalFolder:
 
     def take(self, name: PendingName) -> Pending | Untaken:
         """Lock a pending chunk for upload."""
-        path = self._path(name)
+        path = self.path(name)
         try:
             file = os.open(path, _READING)
         except PermissionError:
@@ -174,7 +173,7 @@ class JournalFolder:
 
     def namespace_document(self, namespace_name: str) -> bytes:
         """What the namespace is; empty if nobody wrote it down. One that is of another is set aside."""
-        path = self._own / namespace_name / _NAMESPACE_DOCUMENT
+        path = self._own / namespace_name / NAMESPACE_DOCUMENT
         try:
             file = os.open(path, _READING)
         except OSError as error:
@@ -194,11 +193,11 @@ class JournalFolder:
 
     def remove(self, pending: Pending) -> None:
         """The chunk is in the bucket: it is pending no more."""
-        self._path(pending.name).unlink(missing_ok=True)
+        self.path(pending.name).unlink(missing_ok=True)
 
     def set_aside(self, pending: Pending) -> Move:
         """Keep a damaged chunk where it is never uploaded nor deleted."""
-        return self._set_aside(self._path(pending.name))
+        return self._set_aside(self.path(pending.name))
 
     def look(self, caller: Caller) -> JournalLook:
         """All that is pending; what does not belong there is set aside."""
@@ -219,7 +218,7 @@ class JournalFolder:
         for entry in self._entries(folder, look):
             if _FOLDER_NAME.match(entry.name) and entry.is_dir(follow_symlinks=False):
                 yield Path(entry.path)
-            elif folder == self._pending or entry.name != _DESTINATION_DOCUMENT:
+            elif folder == self._pending or entry.name != DESTINATION_DOCUMENT:
                 look.note(self._set_aside(Path(entry.path)))
 
     def _entries(self, folder: Path, look: JournalLook) -> Iterator[os.DirEntry[str]]:
@@ -236,7 +235,7 @@ class JournalFolder:
             caller.check()
             name = PendingName(folder.name, entry.name)
             if parse_object_name("", name.object_name) is None or not entry.is_file(follow_symlinks=False):
-                if entry.name != _NAMESPACE_DOCUMENT:
+                if entry.name != NAMESPACE_DOCUMENT:
                     look.note(self._set_aside(Path(entry.path)))
                 continue
             # It may be uploaded at this moment.
@@ -245,7 +244,8 @@ class JournalFolder:
                 look.bytes_ += found.st_size
                 yield found.st_mtime_ns, name
 
-    def _path(self, name: PendingName) -> Path:
+    def path(self, name: PendingName) -> Path:
+        """Where a chunk for this destination lies."""
         return self._own / name.namespace_name / name.file_name
 
     def _named(self, file: NewFile, name: PendingName, document: bytes, caller: Caller) -> bool:
@@ -261,7 +261,7 @@ class JournalFolder:
 
     def _link(self, file: NewFile, name: PendingName, caller: Caller) -> bool:
         """Give a file its name in the journal. False: a whole one has it, in a living process's hand."""
-        path = self._path(name)
+        path = self.path(name)
         until_s = time.monotonic() + _BUSY_S
         while not self._linked(file, name, caller):
             if self._is_whole(name, caller):
@@ -278,7 +278,7 @@ class JournalFolder:
 
     def _linked(self, file: NewFile, name: PendingName, caller: Caller) -> bool:
         """Give a file its name, or that of one that a dead process left; a damaged one is set aside."""
-        path = self._path(name)
+        path = self.path(name)
         with contextlib.suppress(FileExistsError):
             file.link(path, sync=True)
             return True
@@ -300,9 +300,9 @@ class JournalFolder:
         RetryableError: this process may not or cannot read it.
         """
         try:
-            file = os.open(self._path(name), _READING)
+            file = os.open(self.path(name), _READING)
         except PermissionError:
-            raise RetryableError(f"{self._path(name)} is another user's") from None
+            raise RetryableError(f"{self.path(name)} is another user's") from None
         except OSError as error:
             if is_absence(error):
                 return False
@@ -315,7 +315,7 @@ class JournalFolder:
             os.fsync(file)
         except MissError as miss:
             if miss.reason is MissReason.BAD_VERSION:
-                raise RetryableError(f"{self._path(name)} is of another version") from None
+                raise RetryableError(f"{self.path(name)} is of another version") from None
             return False
         except RetryableError:
             return False
@@ -332,8 +332,8 @@ class JournalFolder:
             return
         folder = self._own / namespace_name
         self._folder.make_folder(folder)
-        self._write_document(self._own / _DESTINATION_DOCUMENT, self._destination.document(), caller)
-        self._write_document(folder / _NAMESPACE_DOCUMENT, namespace_document, caller)
+        self._write_document(self._own / DESTINATION_DOCUMENT, self._destination.document(), caller)
+        self._write_document(folder / NAMESPACE_DOCUMENT, namespace_document, caller)
         for parent in (folder, self._own, self._pending, self._folder.root):
             sync_folder(parent)
         self._sync_above()
@@ -363,16 +363,24 @@ class JournalFolder:
 
     def _set_aside(self, path: Path) -> Move:
         """Move what does not belong in the journal."""
-        came_from = os.fsencode("-".join(path.relative_to(self._pending).parts))[-_QUARANTINE_NAME_BYTES_MAX:]
-        try:
-            self._folder.make_folder(self._quarantine)
-            path.rename(self._quarantine / f"{os.fsdecode(came_from)}.{uuid.uuid4().hex[:8]}")
-        except FileNotFoundError:
-            return Move.GONE
-        except OSError:
-            return Move.REFUSED
-        self._moved()
-        return Move.DONE
+        move = set_aside(self._folder, path)
+        if move is Move.DONE:
+            self._moved()
+        return move
+
+
+def set_aside(folder: DiskFolder, path: Path) -> Move:
+    """Move a file or folder that lies in one of the root's folders to quarantine/."""
+    came_from = os.fsencode("-".join(path.relative_to(folder.root).parts[1:]))[-_QUARANTINE_NAME_BYTES_MAX:]
+    quarantine = folder.root / QUARANTINE_FOLDER
+    try:
+        folder.make_folder(quarantine)
+        path.rename(quarantine / f"{os.fsdecode(came_from)}.{uuid.uuid4().hex[:8]}")
+    except FileNotFoundError:
+        return Move.GONE
+    except OSError:
+        return Move.REFUSED
+    return Move.DONE
 
 
 def _is_at(path: Path, found: os.stat_result) -> bool:

@@ -138,3 +138,35 @@ def test_an_empty_store_is_collected_in_no_time(kvstore, monkeypatch):
     ended = kvstore("gc", "--apply")
     assert ended.code == 0
     assert "0 of 0 chunks" in ended.stdout
+
+
+def test_a_namespace_is_removed_only_when_that_is_asked_for(kvstore, folder_contents, old_folder):
+    look = kvstore("rm", NAMESPACE.name, "--json")
+    assert look.code == 0
+    assert rows(look.stdout, "removal")[0]["chunks"] == 6
+    assert "6 chunks" in kvstore("rm", NAMESPACE.name).stdout
+    assert set(CHUNKS) <= set(folder_contents.names())
+    ended = kvstore("rm", NAMESPACE.name, "--apply", "--json")
+    assert ended.code == 0
+    assert rows(ended.stdout, "removed")[0]["gone"]
+    left = [name for name in folder_contents.names() if name.startswith("kvstore/v1/")]
+    assert left == ["kvstore/v1/README"]
+
+
+@pytest.mark.parametrize(
+    ("namespace", "code", "said"),
+    [("tiny", 2, "is no namespace: 16 hex digits"), ("0123456789abcdef", 3, "there is no namespace")],
+)
+def test_only_a_namespace_that_is_there_is_removed(kvstore, old_folder, namespace, code, said):
+    ended = kvstore("rm", namespace, "--apply")
+    assert ended.code == code
+    assert said in " ".join(ended.all.replace("│", "").split())
+
+
+def test_a_namespace_with_pinned_chunks_is_removed_by_force_alone(kvstore, old_folder):
+    kvstore("pin", TARGET)
+    assert "1 chunks are pinned" in kvstore("rm", NAMESPACE.name).stdout
+    refused = kvstore("rm", NAMESPACE.name, "--apply")
+    assert (refused.code, len(list(old_folder.rglob("*.0-2")))) == (3, 6)
+    assert kvstore("rm", NAMESPACE.name, "--apply", "--force").code == 0
+    assert list(old_folder.rglob("*.0-2")) == []

@@ -10,6 +10,7 @@ from kvstore.chunk import HEADER_REGION_BYTES_MAX, decode_header
 from kvstore.cli import backend, objects
 from kvstore.keys import namespace_document_name, object_name
 from kvstore.layout import Shard
+from kvstore.listing import DOCUMENT_BYTES_MAX
 
 NAMESPACE = tiny_namespace()
 OTHER = tiny_namespace("other-model")
@@ -343,7 +344,7 @@ def test_a_huge_object_is_not_read_whole(kvstore, monkeypatch):
     stored = StoredObject(DATA + bytes(1 << 22), "e", 0.0)
     monkeypatch.setattr(backend, "open_backend", lambda _: Recording({NAME: stored}))
     assert kvstore("show", NAME, "--bucket", "memory://").code == 1
-    assert reads == [HEADER_REGION_BYTES_MAX]
+    assert sum(reads) <= HEADER_REGION_BYTES_MAX + DOCUMENT_BYTES_MAX
 
 
 def test_an_object_replaced_while_it_is_verified_is_never_called_ok(kvstore, monkeypatch):
@@ -352,7 +353,8 @@ def test_an_object_replaced_while_it_is_verified_is_never_called_ok(kvstore, mon
     class Replacing(MemoryBackend):
         async def read_into(self, name, offset, out, *, if_match=None):
             result = await super().read_into(name, offset, out, if_match=if_match)
-            stored[NAME] = StoredObject(DATA, "second", 0.0)
+            if name == NAME:
+                stored[NAME] = StoredObject(DATA, "second", 0.0)
             return result
 
     monkeypatch.setattr(backend, "open_backend", lambda _: Replacing(stored))

@@ -71,3 +71,22 @@ def unpin(call: Call, key: _Pinned) -> ExitCode:
     from kvstore.cli.collection import unpin_chunk
 
     return unpin_chunk(call, key)
+
+
+@app.command(rich_help_panel=_PANEL)
+@node_command
+def rm(
+    call: Call,
+    namespace: Annotated[str, typer.Argument(metavar="NAMESPACE", help="16 hex digits, as `ls` has them")],
+    apply: Annotated[bool, typer.Option("--apply", help="Remove it")] = False,  # noqa: FBT002 as above
+    force: Annotated[  # noqa: FBT002 as above
+        bool, typer.Option("--force", help="Also where chunks of it are pinned")
+    ] = False,
+) -> ExitCode:
+    """What would go with a namespace, as when its weights were retrained. With --apply, it goes, in minutes.
+
+    Engines that use it miss, and may store it again: stop them first.
+    """
+    from kvstore.cli.removal import remove_namespace
+
+    return remove_namespace(call, namespace, apply=apply, force=force)

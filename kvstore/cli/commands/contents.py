@@ -51,3 +51,38 @@ def show(
     from kvstore.cli.objects import show_object
 
     return show_object(call, key, verify=verify)
+
+
+@app.command(rich_help_panel=_PANEL)
+@node_command
+def du(
+    call: Call,
+    by: Annotated[
+        str, typer.Option(metavar="namespace|model|tenant|codec|age", help="What to tell apart")
+    ] = "namespace",
+    namespace: Annotated[str, typer.Option(metavar="NAMESPACE", help="Of this one alone")] = "",
+    sample: Annotated[
+        str, typer.Option(metavar="SHARE%", help="With --by codec: of a sample, as each header is read")
+    ] = "",
+    seed: Annotated[int | None, typer.Option(min=0, help="Draw the sample that this one drew")] = None,
+) -> ExitCode:
+    """Who takes how much of the store: chunks, bytes, the oldest and the newest."""
+    from kvstore.cli.holdings import Request, show_holdings
+
+    return show_holdings(call, Request(by, namespace, sample, seed))
+
+
+@app.command(rich_help_panel=_PANEL)
+@node_command
+def tree(
+    call: Call,
+    target: Annotated[
+        str, typer.Argument(metavar="NAMESPACE[/HASH]", help="All of it, or what begins with one chunk")
+    ],
+    levels: Annotated[int, typer.Option("--depth", min=1, help="Nodes below each other")] = 6,
+    nodes: Annotated[int, typer.Option("--limit", min=1, help="Nodes of each tenant, the largest")] = 50,
+) -> ExitCode:
+    """The largest parts of a namespace's prefix tree: sizes, and uses as far as they are known."""
+    from kvstore.cli.tree import Request, show_tree
+
+    return show_tree(call, Request(target, levels, nodes))

@@ -1,0 +1,1 @@
+"""Looking after a bucket: what is damaged, what is where, what a retrained model leaves behind."""

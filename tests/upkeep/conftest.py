@@ -1,0 +1,3 @@
+from moto_buckets import moto_bucket, moto_url
+
+__all__ = ["moto_bucket", "moto_url"]
