@@ -1,0 +1,40 @@
+"""Commands about nodes at work: what they count, and what they are to expect."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from kvstore.cli.app import app
+from kvstore.cli.exits import ExitCode
+from kvstore.cli.options import Call, node_command
+
+_PANEL = "Nodes at work"
+
+_At = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="[HOST:]PORT",
+        help="Where a node serves metrics; repeatable. By default on this machine, by KVSTORE_METRICS_PORT",
+    ),
+]
+
+
+@app.command(rich_help_panel=_PANEL)
+@node_command
+def stats(
+    call: Call,
+    at: _At = None,
+    watch: Annotated[  # noqa: FBT002 typer makes an option of it
+        bool, typer.Option("--watch", help="Go on until interrupted")
+    ] = False,
+    interval: Annotated[
+        float, typer.Option(min=0.1, max=3600, metavar="SECONDS", help="Between two looks")
+    ] = 2.0,
+    count: Annotated[int | None, typer.Option(min=1, help="With --watch: stop after so many looks")] = None,
+) -> ExitCode:
+    """What nodes do: hit ratios by tier, GB/s, queues, drops, failures, latency."""
+    from kvstore.cli.stats import Watch, show_stats
+
+    return show_stats(call, Watch(at or (), interval, count if watch else 1))
