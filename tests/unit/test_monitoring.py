@@ -95,6 +95,12 @@ def test_values_that_alerts_select_exist():
                 assert any(re.fullmatch(pattern, each) for each in known[label])
 
 
+def test_the_alerts_are_the_documented_ones():
+    rows = [row for row in (DOCS / "operations.md").read_text().splitlines() if row.startswith("| `KVStore")]
+    named = {name for row in rows for name in re.findall(r"`(KVStore\w+)`", row)}
+    assert named == {rule["alert"] for rule in rules()}
+
+
 def test_settings_that_alerts_name_exist():
     named = set(re.findall(r"KVSTORE_[A-Z_]+", (DOCS / "alerts.yml").read_text()))
     assert named <= set(map(variable, Settings.model_fields))
