@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -18,6 +19,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        Gauge("kvstore_start_time_seconds", "When counting began", registry=self.registry).set(time.time())
         self.lookups = self._counter("lookups", "Lookups, by how much of the chain was found", "result")
         self.lookup_chunks = self._counter("lookup_chunks", "Chunks that lookups found, by tier", "tier")
         self.lookup_absent_chunks = Counter(

@@ -24,6 +24,7 @@ _NOW = (
     "kvstore_disk_off",
     "kvstore_journal_bytes",
     "kvstore_reads_in_flight",
+    "kvstore_start_time_seconds",
     "kvstore_tier_chunks",
     "kvstore_upload_queue_bytes",
 )

@@ -14,6 +14,7 @@ import numpy as np
 from kvstore.gc.chunks import Chunks, Doubles, Flags, Int32s, Int64s
 from kvstore.gc.forest import Forest
 from kvstore.gc.policy import Policy, Reason
+from kvstore.gc.tenants import Tenants
 
 # Where attention over what comes before costs as much as everything else: for models of 7 to 70
 # billion parameters some tens of thousands of tokens.
@@ -130,9 +131,8 @@ class _Rules:
         """Rows that go so that what is left is no more than a limit."""
         policy, found = self.policy, []
         if policy.max_tenant_bytes is not None:
-            found.append(
-                (Reason.TENANT_BYTES, self._excess(order, self._tenants(tops), policy.max_tenant_bytes))
-            )
+            tenants = Tenants.of(self.chunks, self.forest, tops)
+            found.append((Reason.TENANT_BYTES, self._excess(order, tenants.of_row, policy.max_tenant_bytes)))
         if policy.max_namespace_bytes is not None:
             rows = self._excess(order, self.chunks.namespace, policy.max_namespace_bytes)
             found.append((Reason.NAMESPACE_BYTES, rows))
@@ -156,18 +156,6 @@ class _Rules:
         runs = np.diff(np.append(first, len(grouped)))
         freed_before -= np.repeat(freed_before[first], runs)
         return grouped[freed_before < held[owner[grouped]] - limit_bytes]
-
-    def _tenants(self, tops: Int32s) -> Int32s:
-        """A number for the tenant salt of each row, -1 where it cannot be known.
-
-        A first chunk's parent is the hash of namespace and salt.
-        """
-        first = np.unique(tops)
-        first = first[(self.chunks.depth[first] == 0) & ~self.forest.doubtful[first]]
-        roots = np.ascontiguousarray(self.chunks.parent[first]).view("V32").ravel()
-        tenant = np.full(len(self.chunks), -1, np.int32)
-        tenant[first] = np.unique(roots, return_inverse=True)[1]
-        return tenant[tops]
 
 
 def _within_share(chunks: Chunks, going: Int64s, share: float) -> int:
