@@ -38,3 +38,19 @@ def stats(
     from kvstore.cli.stats import Watch, show_stats
 
     return show_stats(call, Watch(at or (), interval, count if watch else 1))
+
+
+@app.command(rich_help_panel=_PANEL)
+@node_command
+def top(
+    call: Call,
+    namespace: Annotated[str, typer.Option(metavar="NAMESPACE", help="Prefixes of this one alone")] = "",
+    limit: Annotated[int, typer.Option(min=1, help="How many")] = 20,
+) -> ExitCode:
+    """The prefixes used most, as far as use is known, and those that most others continue.
+
+    Their keys can be given to `pin` and `warm`.
+    """
+    from kvstore.cli.hot import show_hottest
+
+    return show_hottest(call, namespace, limit)
