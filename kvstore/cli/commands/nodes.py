@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -54,3 +55,36 @@ def top(
     from kvstore.cli.hot import show_hottest
 
     return show_hottest(call, namespace, limit)
+
+
+@app.command(rich_help_panel=_PANEL)
+@node_command
+def warm(  # noqa: PLR0917 called by name alone
+    call: Call,
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAMESPACE[/HASH]", help="A chunk, with all before it; or whose prompts are given"
+        ),
+    ],
+    tokens: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Prompts as lists of token ids, a JSON list a line")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Prompts as text, a JSON string a line")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="A tokenizer.json, or the model's folder with one")
+    ] = None,
+    shard: Annotated[
+        str,
+        typer.Option(metavar="START-STOP", help="This rank's kv heads alone; by default all that is stored"),
+    ] = "",
+) -> ExitCode:
+    """Copy prefixes from the store to this node's disk tier, KVSTORE_DISK_DIR, before they are asked for.
+
+    Engines may be at work on that folder.
+    """
+    from kvstore.cli.warm import Request, warm_prefixes
+
+    return warm_prefixes(call, Request(target, tokens, prompts, tokenizer, shard))
