@@ -73,7 +73,10 @@ class Assembly:
 
         Loading an S3 client takes longer than a lookup may; trouble is said before the first one.
         """
-        await self.endpoint.open()
+        connected, _ = await asyncio.gather(self._connect(prefix), self.endpoint.open())
+        return connected
+
+    async def _connect(self, prefix: str) -> bool:
         if self.disk is not None:
             await self.disk.open()
         self.writes.begin()

@@ -129,7 +129,9 @@ class ChunkFinder:
         return count
 
     async def _connect(self, probe: str) -> None:
-        await self._endpoint.open()
+        await asyncio.gather(self._ask_first(probe), self._endpoint.open())
+
+    async def _ask_first(self, probe: str) -> None:
         # Loading an S3 client takes longer than a lookup may; what comes of it the breaker sees.
         try:
             await self._backend.head(probe)

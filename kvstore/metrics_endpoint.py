@@ -7,7 +7,6 @@ import contextlib
 import logging
 import socket
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 from prometheus_client import CollectorRegistry
@@ -27,11 +26,6 @@ class MetricsEndpoint:
         self._server: Any = None
         self._closed = False
 
-    @property
-    def port(self) -> int | None:
-        """Where it listens; None while it does not."""
-        return None if self._server is None else int(self._server.server_port)
-
     async def open(self) -> None:
         """Begin to serve, at the first port that is free."""
         if self._place is not None:
@@ -46,30 +40,23 @@ class MetricsEndpoint:
     def _open(self, place: MetricsPlace) -> None:
         with self._lock:
             if not self._closed:
-                self._server = next(self._servers(place), None)
+                self._server = self._serving(place)
 
-    def _servers(self, place: MetricsPlace) -> Iterator[Any]:
+    def _serving(self, place: MetricsPlace) -> Any:
+        """A server at the first port that is free; None, and a warning, where there is none."""
         from prometheus_client import start_http_server
 
-        failure = OSError("none is free")
+        failure: Exception | None = None
         for port in place.ports:
             try:
                 server, _ = start_http_server(port, place.host, self._registry)
-            except OSError as error:
+            except Exception as error:
                 failure = error
             else:
                 _log.info("metrics are served at %s, port %d", place.host, port)
-                yield server
-        first, last = place.ports[0], place.ports[-1]
-        _log.warning(
-            "metrics are not served: KVSTORE_METRICS_PORT leaves %s at %s, and %s; set it to a range with a "
-            "port for each store on this machine, such as %d-%d",
-            f"port {first}" if first == last else f"ports {first}-{last}",
-            place.host,
-            failure.strerror or failure,
-            first,
-            min(first + max(8, 2 * len(place.ports)) - 1, PORT_MAX),
-        )
+                return server
+        _warn(place, failure)
+        return None
 
     def _close(self) -> None:
         with self._lock:
@@ -82,3 +69,16 @@ class MetricsEndpoint:
         with contextlib.suppress(OSError):
             server.socket.shutdown(socket.SHUT_RDWR)
         server.server_close()
+
+
+def _warn(place: MetricsPlace, failure: Exception | None) -> None:
+    first, last = place.ports[0], place.ports[-1]
+    _log.warning(
+        "metrics are not served: KVSTORE_METRICS_PORT leaves %s at %s, and %s; set it to a range with a "
+        "port for each store on this machine, such as %d-%d",
+        f"port {first}" if first == last else f"ports {first}-{last}",
+        place.host,
+        getattr(failure, "strerror", None) or failure,
+        first,
+        min(first + max(8, 2 * len(place.ports)) - 1, PORT_MAX),
+    )
