@@ -14,6 +14,7 @@ from kvstore.backends.opening import open_backend
 from kvstore.cli.examination import Site
 from kvstore.cli.exits import ExitCode
 from kvstore.cli.link import (
+    OBJECT_BYTES,
     READ_CONCURRENCY,
     WRITE_BYTES_MIN,
     WRITE_CONCURRENCY,
@@ -32,6 +33,8 @@ _GIGA = 1e9
 _GOOD_SHARE = 0.9
 _ROUNDS = 4
 _LOAD_BYTES = 1 << 30
+# What has begun is waited for: on a slow link that many times what a step may take.
+_ROUND_STEPS = 5
 _CODEC_BYTES_PER_S = 1e9
 
 
@@ -82,6 +85,11 @@ class Measured:
         good = [flow for flow in self._of(operation) if flow.bytes_per_s >= limit]
         return min(good, key=lambda flow: (flow.concurrency, -flow.request_bytes))
 
+    def is_quick(self, operation: str, step_bytes: int, seconds: float) -> bool:
+        """Whether one round of a step takes not much longer than a step may, as far as that is known."""
+        flows = self._of(operation)
+        return not flows or step_bytes / self.best(operation).bytes_per_s < _ROUND_STEPS * seconds
+
     def _of(self, operation: str) -> Sequence[Flow]:
         return [flow for flow in self.flows if flow.operation == operation and flow.request_bytes]
 
@@ -99,7 +107,7 @@ async def _measure(site: Site, settings: Settings, bounds: Bounds, output: Outpu
         output.line(
             f"{site.backend.location}, with {size_text(bounds.write_bytes)} written under {site.folder}"
         )
-        measured = await _measured(LinkProbe(site, bounds), settings, output)
+        measured = await _measured(LinkProbe(site, bounds), settings, bounds.seconds, output)
         output.table("setting", _SETTINGS, suggestions(measured, settings))
         worth = _worthwhile_bytes(measured)
         output.record("range", {"worthwhile_bytes": worth})
@@ -116,18 +124,20 @@ async def _measure(site: Site, settings: Settings, bounds: Bounds, output: Outpu
     return code
 
 
-async def _measured(probe: LinkProbe, settings: Settings, output: Output) -> Measured:
+async def _measured(probe: LinkProbe, settings: Settings, seconds: float, output: Output) -> Measured:
     found = Measured({}, [])
     for operation in ("head", "get", "put"):
         with output.progress(f"latency of {operation}"):
             found.latencies[operation] = await probe.latency(operation)
     output.table("latency", _LATENCIES, [_latency_row(each) for each in found.latencies.values()])
     for at_once in WRITE_CONCURRENCY:
-        with output.progress(f"writing, {at_once} at once"):
-            found.flows.append(await probe.writes(at_once))
+        if found.is_quick("put", OBJECT_BYTES * at_once, seconds):
+            with output.progress(f"writing, {at_once} at once"):
+                found.flows.append(await probe.writes(at_once))
     for size, at_once in probe.read_steps():
-        with output.progress(f"reading {size_text(size)}, {at_once} at once"):
-            found.flows.append(await probe.reads(size, at_once))
+        if found.is_quick("get", size * at_once, seconds):
+            with output.progress(f"reading {size_text(size)}, {at_once} at once"):
+                found.flows.append(await probe.reads(size, at_once))
     with output.progress("requests a second"):
         found.flows.append(await probe.pace(max(READ_CONCURRENCY)))
     with output.progress("listing"):

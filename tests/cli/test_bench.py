@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from kvstore.backends.memory import MemoryBackend
+from kvstore.backends.throttle import ThrottledBackend
 from kvstore.cli.bench import Measured, suggestions
 from kvstore.cli.link import OBJECT_BYTES, READ_CONCURRENCY, Flow, Latency
 from kvstore.errors import RetryableError
@@ -131,6 +132,20 @@ def test_an_interrupted_run_ends_with_130_and_leaves_nothing(contents, begun):
     assert done.returncode == 130
     assert b"Traceback" not in done.stderr
     assert contents.names() == []
+
+
+def test_on_a_slow_link_steps_that_would_take_long_are_left_out(kvstore, monkeypatch):
+    def open_backend(settings: Settings) -> ThrottledBackend:
+        return ThrottledBackend(MemoryBackend(), total_bytes_per_s=32 << 20)
+
+    monkeypatch.setattr("kvstore.cli.bench.open_backend", open_backend)
+    ended = kvstore("bench", "--json", "--seconds", "0.1", "--write-bytes", "168MiB")
+    assert ended.code == 0
+    flows = rows(ended.stdout, "flow")
+    rounds = {(row["operation"], row["request_bytes"] * row["concurrency"]) for row in flows}
+    assert rounds >= {("put", 8 << 20), ("get", 1 << 20), ("head", 0), ("list", 0)}
+    # Half a second is what a round may take.
+    assert max(moved for _, moved in rounds) <= 16 << 20
 
 
 def flow(operation: str, concurrency: int, gb_per_s: float, size: int = OBJECT_BYTES) -> Flow:
