@@ -108,7 +108,7 @@ class _Site:
         whole = True
         for shard in shards:
             keys = await self._prefix_of(hash_, shard)
-            async with self._warmer(shard) as warmer:
+            async with self._warmer(shard, len(shards)) as warmer:
                 whole &= self._print(hash_.hex()[:24], shard, keys, await warmer.warm(keys))
         return whole
 
@@ -125,8 +125,9 @@ class _Site:
         )
         whole = True
         # Where nothing of any prompt is stored there is still something to say of each.
-        for shard in shards or [self.namespace.layout.whole]:
-            async with self._warmer(shard) as warmer:
+        shards = shards or [self.namespace.layout.whole]
+        for shard in shards:
+            async with self._warmer(shard, len(shards)) as warmer:
                 for line, keys in chains:
                     whole &= self._print(f"line {line}", shard, keys, await warmer.warm(keys))
         return whole
@@ -158,11 +159,14 @@ class _Site:
         return keys[::-1]
 
     @asynccontextmanager
-    async def _warmer(self, shard: Shard) -> AsyncIterator[Warmer]:
+    async def _warmer(self, shard: Shard, shards: int) -> AsyncIterator[Warmer]:
+        """Warms one of so many shards, which share the tier's room."""
         settings, events = self.settings, WarmingEvents()
         form = ChunkForm(self.namespace.layout, shard)
         tier = DiskTier(Path(settings.disk_dir), settings.disk_bytes, shard, events=events)
-        warmer = Warmer(self.backend, settings.prefix, form, tier, events, room_bytes=settings.disk_bytes)
+        warmer = Warmer(
+            self.backend, settings.prefix, form, tier, events, room_bytes=settings.disk_bytes // shards
+        )
         try:
             await warmer.open()
             yield warmer
