@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 import urllib.request
 
 import pytest
@@ -79,6 +80,9 @@ def test_a_schedulers_finder_serves_its_lookups(free):
     )
     try:
         assert finder.begin(chain_of(2).keys).result(PATIENCE_S) == 0
+        until_s = time.monotonic() + PATIENCE_S
+        while finder._endpoint._server is None and time.monotonic() < until_s:
+            time.sleep(0.01)
         assert "kvstore_lookup_absent_chunks_total 2.0" in scraped(free[0])
     finally:
         finder.close()
