@@ -36,7 +36,7 @@ demo: $(STAMP) ## A model's KV cache goes through S3 and comes back (TEXT=file, 
 test: $(STAMP) ## Run the test suite
 	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-test-integration: $(STAMP) ## Ceph RGW, LocalStack and moto, which it installs, and processes killed
+test-integration: $(STAMP) ## Ceph RGW, LocalStack, moto and Chromium, which it installs, and processes killed
 	@$(BIN)/python -m localstack install moto rgw localstack nginx
 	@$(BIN)/python -m pytest tests/crash tests/integration $(ARGS)
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Final, Literal, Protocol
+from typing import Final, Literal, Protocol, runtime_checkable
 
 Buffer = bytes | bytearray | memoryview
 
@@ -91,6 +91,19 @@ class Capabilities:
     persistent: bool
 
 
+@dataclass(frozen=True, slots=True)
+class UnfinishedUpload:
+    """An upload in parts that was begun, and neither completed nor aborted. Its parts take room, unseen.
+
+    upload_id  the store's
+    begun_s    seconds since 1970 by the store's clock
+    """
+
+    name: str
+    upload_id: str
+    begun_s: float
+
+
 class Backend(Protocol):
     """One bucket of an object store.
 
@@ -148,4 +161,20 @@ class Backend(Protocol):
 
     async def close(self) -> None:
         """Release connections and files. Calling it again does nothing."""
+        ...
+
+
+@runtime_checkable
+class UploadsInParts(Protocol):
+    """What a Backend can do besides where the store takes uploads in parts. kvstore itself makes none;
+
+    other tools, and people who copy chunks with them, may leave some behind.
+    """
+
+    def unfinished_uploads(self, prefix: str) -> AsyncIterator[UnfinishedUpload]:
+        """Every unfinished upload of an object whose name begins with `prefix`."""
+        ...
+
+    async def abort_upload(self, upload: UnfinishedUpload) -> None:
+        """Give up an upload and free its parts; one that has ended meanwhile is no error."""
         ...

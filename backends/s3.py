@@ -20,6 +20,7 @@ from kvstore.backends.contract import (
     PutResult,
     PutStatus,
     ReadResult,
+    UnfinishedUpload,
 )
 from kvstore.backends.s3_body import PartsBody
 from kvstore.backends.sigv4 import Credentials
@@ -222,6 +223,43 @@ class S3Backend:
                 )
             refused += response.get("Errors", ())
         s3_errors.raise_refused(self._options, refused)
+
+    async def unfinished_uploads(self, prefix: str) -> AsyncIterator[UnfinishedUpload]:
+        """See UploadsInParts.unfinished_uploads. A store that knows no such listing has none to show."""
+        client = await self._connected()
+        from kvstore.backends import s3_errors
+
+        query = {"Bucket": self._options.bucket, "Prefix": prefix}
+        while True:
+            with s3_errors.translated(self._options, f"list unfinished uploads of {prefix!r}"):
+                try:
+                    response = await client.list_multipart_uploads(**query)
+                except s3_errors.ClientError as error:
+                    if s3_errors.status_of(error) == s3_errors.NOT_IMPLEMENTED:
+                        return
+                    raise
+                page = [s3_answers.describe_upload(found) for found in response.get("Uploads", ())]
+            for upload in page:
+                if upload.name.startswith(prefix):
+                    yield upload
+            if not response.get("IsTruncated"):
+                return
+            for marker in ("KeyMarker", "UploadIdMarker"):
+                query[marker] = s3_answers.field_of(response, f"Next{marker}")
+
+    async def abort_upload(self, upload: UnfinishedUpload) -> None:
+        """See UploadsInParts.abort_upload."""
+        client = await self._connected()
+        from kvstore.backends import s3_errors
+
+        with s3_errors.translated(self._options, f"abort an upload of {upload.name!r}"):
+            try:
+                await client.abort_multipart_upload(
+                    Bucket=self._options.bucket, Key=upload.name, UploadId=upload.upload_id
+                )
+            except s3_errors.ClientError as error:
+                if not s3_errors.is_absence(error):
+                    raise
 
     async def clock_s(self) -> float:
         """See Backend.clock_s. To the second."""

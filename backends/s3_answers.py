@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
 
-from kvstore.backends.contract import ObjectInfo, ReadResult
+from kvstore.backends.contract import ObjectInfo, ReadResult, UnfinishedUpload
 from kvstore.errors import RetryableError
 
 PIECE_BYTES = 1 << 18
@@ -44,6 +44,14 @@ def describe(name: str, response: Mapping[str, Any], *, size_field: str) -> Obje
     """An object as HEAD or one entry of LIST has it."""
     modified = field_of(response, "LastModified")
     return ObjectInfo(name, int(field_of(response, size_field)), etag_of(response), modified.timestamp())
+
+
+def describe_upload(response: Mapping[str, Any]) -> UnfinishedUpload:
+    """An unfinished upload as its listing has it."""
+    begun = field_of(response, "Initiated")
+    return UnfinishedUpload(
+        str(field_of(response, "Key")), str(field_of(response, "UploadId")), begun.timestamp()
+    )
 
 
 def date_of(response: Mapping[str, Any]) -> float:

@@ -37,6 +37,7 @@ __all__ = [
 NOT_FOUND = 404
 PRECONDITION_FAILED = 412
 RANGE_NOT_SATISFIABLE = 416
+NOT_IMPLEMENTED = 501
 _RETRYABLE_STATUS = (408, 409, 425, 429)
 _THROTTLED_STATUS = (429, 503)
 _BAD_REQUEST = 400
@@ -86,7 +87,8 @@ _CREDENTIALS_FIX = (
 )
 _PERMISSION_FIX = (
     "let the credentials (AWS_ACCESS_KEY_ID, AWS_PROFILE or the machine's role) do s3:GetObject, "
-    "s3:PutObject, s3:DeleteObject and s3:ListBucket there, or set KVSTORE_BUCKET to another bucket"
+    "s3:PutObject, s3:DeleteObject and s3:ListBucket there (and kvstore gc s3:ListBucketMultipartUploads and "
+    "s3:AbortMultipartUpload), or set KVSTORE_BUCKET to another bucket"
 )
 # For a refusal without a code: HEAD has no body that could say why.
 _REFUSED_FIX = (
@@ -129,7 +131,7 @@ _STATUS_FIXES = {
     401: _REFUSED_FIX,
     403: _REFUSED_FIX,
     404: _FIXES["NoSuchBucket"],
-    501: "use a store that honours PUT with If-None-Match, ranged reads and ListObjectsV2",
+    NOT_IMPLEMENTED: "use a store that honours PUT with If-None-Match, ranged reads and ListObjectsV2",
 }
 # Codes that ask for fewer requests, whatever the status.
 _THROTTLED_CODES = ("SlowDown", "Throttling", "ThrottlingException", "TooManyRequests", "ServiceUnavailable")

@@ -17,7 +17,16 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from kvstore.backends.arguments import byte_views, check_name, check_range
-from kvstore.backends.contract import ABSENT, Absent, Buffer, Capabilities, ObjectInfo, PutResult, ReadResult
+from kvstore.backends.contract import (
+    ABSENT,
+    Absent,
+    Buffer,
+    Capabilities,
+    ObjectInfo,
+    PutResult,
+    ReadResult,
+    UnfinishedUpload,
+)
 from kvstore.backends.lane import Lane
 from kvstore.backends.lanes import Lanes
 from kvstore.backends.route import Route, Server, proxy_for
@@ -161,6 +170,15 @@ class S3SocketBackend:
     async def delete(self, names: Sequence[str]) -> None:
         """See Backend.delete."""
         await self._control.delete(names)
+
+    async def unfinished_uploads(self, prefix: str) -> AsyncIterator[UnfinishedUpload]:
+        """See UploadsInParts.unfinished_uploads."""
+        async for upload in self._control.unfinished_uploads(prefix):
+            yield upload
+
+    async def abort_upload(self, upload: UnfinishedUpload) -> None:
+        """See UploadsInParts.abort_upload."""
+        await self._control.abort_upload(upload)
 
     async def clock_s(self) -> float:
         """See Backend.clock_s."""

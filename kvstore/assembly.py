@@ -29,6 +29,8 @@ from kvstore.layout import ChunkForm
 from kvstore.lookup import Lookups
 from kvstore.memory_tier import MemoryTier
 from kvstore.metrics import Metrics
+from kvstore.metrics_endpoint import MetricsEndpoint
+from kvstore.metrics_place import MetricsPlace
 from kvstore.plan import FetchLimits, largest_read_bytes
 from kvstore.presence import Presence
 from kvstore.range_reader import RangeReader
@@ -58,6 +60,7 @@ class Assembly:
     lookups: Lookups
     reads: ReadPath
     writes: WriteBehind
+    endpoint: MetricsEndpoint
     warn: WarnRarely
 
     @property
@@ -70,6 +73,10 @@ class Assembly:
 
         Loading an S3 client takes longer than a lookup may; trouble is said before the first one.
         """
+        connected, _ = await asyncio.gather(self._connect(prefix), self.endpoint.open())
+        return connected
+
+    async def _connect(self, prefix: str) -> bool:
         if self.disk is not None:
             await self.disk.open()
         self.writes.begin()
@@ -95,7 +102,7 @@ class Assembly:
             if self.disk is not None:
                 await self.disk.close()
         finally:
-            await self._disconnect_backend()
+            await asyncio.gather(self._disconnect_backend(), self.endpoint.close())
 
     async def _disconnect_backend(self) -> None:
         try:
@@ -156,6 +163,7 @@ class Assembler:
             lookups=self._lookups(guarded),
             reads=self._read_path(guarded, retries, loop),
             writes=self._write_behind(guarded, watch, retries, loop),
+            endpoint=MetricsEndpoint(MetricsPlace.parse(self._settings.metrics_port), self._metrics.registry),
             warn=self._warn,
         )
 
@@ -267,7 +275,7 @@ class Assembler:
         uploader = Uploader(
             backend, settings.prefix, self._presence, watch, retries=retries, on_retry=on_retry
         )
-        return WriteBehind(
+        writes = WriteBehind(
             uploader=uploader,
             disk=self._disk_parts(backend, uploader, places, loop),
             writer=self._writer,
@@ -280,6 +288,8 @@ class Assembler:
             loop=loop,
             warn=self._warn,
         )
+        self._metrics.watch_queue(lambda: writes.queued_bytes)
+        return writes
 
     def _disk_parts(
         self, backend: GuardedBackend, uploader: Uploader, places: asyncio.Semaphore, loop: EventLoopThread

@@ -19,6 +19,8 @@ from kvstore.keys import ChunkKey
 from kvstore.layout import ChunkForm, KVLayout, Shard
 from kvstore.lookup import Lookups
 from kvstore.metrics import Metrics
+from kvstore.metrics_endpoint import MetricsEndpoint
+from kvstore.metrics_place import MetricsPlace
 from kvstore.presence import Presence
 from kvstore.settings import Settings
 from kvstore.warn import WarnRarely
@@ -75,6 +77,7 @@ class ChunkFinder:
             MarkWatch(self._backend, settings.prefix, shard, presence, warn)
             for shard, presence in presences.items()
         ]
+        self._endpoint = MetricsEndpoint(MetricsPlace.parse(settings.metrics_port), self.metrics.registry)
         self._closed = False
         self._loop = EventLoopThread(workers=1)
         self._loop.submit(self._connect(no_object(settings.prefix)))
@@ -126,6 +129,9 @@ class ChunkFinder:
         return count
 
     async def _connect(self, probe: str) -> None:
+        await asyncio.gather(self._ask_first(probe), self._endpoint.open())
+
+    async def _ask_first(self, probe: str) -> None:
         # Loading an S3 client takes longer than a lookup may; what comes of it the breaker sees.
         try:
             await self._backend.head(probe)
@@ -138,6 +144,7 @@ class ChunkFinder:
             await watch.start()
 
     async def _disconnect(self) -> None:
+        await self._endpoint.close()
         try:
             async with asyncio.timeout(DISCONNECT_TIMEOUT_S):
                 await self._backend.close()

@@ -126,6 +126,7 @@ class Lookups:
         for tier, chunks in by_tier.items():
             if chunks:
                 self.metrics.lookup_chunks.labels(tier).inc(chunks)
+        self.metrics.lookup_absent_chunks.inc(len(keys) - found)
         whole = found == len(keys)
         self.metrics.lookups.labels("full" if whole else "partial" if found else "none").inc()
         miss = None if whole else failure or MissReason.ABSENT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -18,8 +19,14 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        Gauge("kvstore_start_time_seconds", "When counting began", registry=self.registry).set(time.time())
         self.lookups = self._counter("lookups", "Lookups, by how much of the chain was found", "result")
         self.lookup_chunks = self._counter("lookup_chunks", "Chunks that lookups found, by tier", "tier")
+        self.lookup_absent_chunks = Counter(
+            "kvstore_lookup_absent_chunks",
+            "Chunks that were looked up and are in no tier",
+            registry=self.registry,
+        )
         self.lookup_failures = self._counter(
             "lookup_failures", "Lookups cut short by a failure, by reason", "reason"
         )
@@ -78,6 +85,11 @@ class Metrics:
             "Files of the journal that were damaged or did not belong there",
             registry=self.registry,
         )
+        self._queue_bytes = Gauge(
+            "kvstore_upload_queue_bytes",
+            "What saved chunks take of host memory until they are uploaded",
+            registry=self.registry,
+        )
         self._journal_bytes = Gauge(
             "kvstore_journal_bytes", "What chunks take that are yet to be uploaded", registry=self.registry
         )
@@ -110,6 +122,10 @@ class Metrics:
     def watch_disk(self, occupied_bytes: Callable[[], float]) -> None:
         """Report how much of the disk the disk tier takes."""
         self._disk_bytes.set_function(occupied_bytes)
+
+    def watch_queue(self, queued_bytes: Callable[[], float]) -> None:
+        """Report how much waits in host memory for its upload, or is being uploaded."""
+        self._queue_bytes.set_function(queued_bytes)
 
     def watch_journal(self, pending_bytes: Callable[[], float]) -> None:
         """Report how much is journaled and not uploaded yet."""

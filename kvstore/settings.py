@@ -33,6 +33,7 @@ from kvstore.errors import MisconfiguredError
 from kvstore.gc.policy import GRACE_S_MIN
 from kvstore.handles import Durability
 from kvstore.masking import without_user
+from kvstore.metrics_place import MetricsPlace
 from kvstore.quantities import seconds_of, size_text_of, size_with_unit
 
 ENV_PREFIX = "KVSTORE_"
@@ -97,6 +98,16 @@ def _no_bool(value: object) -> object:
     return value
 
 
+def _port_text(value: object) -> object:
+    # A number in the file is as good as text in the environment.
+    return str(value) if type(value) is int else value
+
+
+def _check_metrics_port(value: str) -> str:
+    MetricsPlace.parse(value)
+    return value
+
+
 def _check_grace(value: object) -> object:
     seconds = seconds_of(value)
     if isinstance(seconds, float) and seconds < GRACE_S_MIN:
@@ -109,6 +120,7 @@ BytesLimit = Annotated[Annotated[ByteSize, Field(gt=0)] | None, BeforeValidator(
 DurationLimit = Annotated[float | None, BeforeValidator(seconds_of)]
 Grace = Annotated[float, BeforeValidator(_check_grace)]
 Seconds = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, le=86_400, allow_inf_nan=False)]
+Dollars = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, le=1e6, allow_inf_nan=False)]
 Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1, le=4096)]
 
 
@@ -210,6 +222,20 @@ class Settings(BaseSettings):
     upload_concurrency: Count = Field(4, description="uploads in flight at once")
     upload_queue_bytes: Bytes = Field(
         ByteSize(1 << 29), description="a size such as 512MiB: saved chunks that may wait for upload"
+    )
+    metrics_port: Annotated[str, AfterValidator(_check_metrics_port), BeforeValidator(_port_text)] = Field(
+        "",
+        description="a port such as 9464, or a range such as 9464-9471 with one for each store of this "
+        "machine, also as ADDRESS:9464: where Prometheus gets metrics; empty or 0: nowhere",
+    )
+    price_gb_month: Dollars = Field(
+        0.023, description="dollars that the object store takes for 10^9 bytes kept for a month"
+    )
+    price_per_1000_put: Dollars = Field(
+        0.005, description="dollars that the object store takes for 1,000 PUT, LIST or the like"
+    )
+    price_per_1000_get: Dollars = Field(
+        0.0004, description="dollars that the object store takes for 1,000 GET or HEAD"
     )
     gc_max_bytes: BytesLimit = Field(
         None,

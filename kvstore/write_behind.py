@@ -103,6 +103,11 @@ class WriteBehind:
         self._places = places
         self._journal_places = asyncio.Semaphore(JOURNAL_PLACES)
 
+    @property
+    def queued_bytes(self) -> int:
+        """What saved chunks take of host memory until they are uploaded. Any thread may ask."""
+        return self._queued * self._form.raw_bytes
+
     def begin(self) -> None:
         """Begin to upload what the journal holds. On the loop, as `end` is."""
         if self._disk is not None:

@@ -10,7 +10,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from kvstore.backends.contract import ABSENT, PutStatus
+from kvstore.backends.contract import ABSENT, PutStatus, UploadsInParts
 from kvstore.backends.opening import filesystem_folder, is_s3
 from kvstore.cli.credentials import HOW_TO_PROVIDE, find_credentials
 from kvstore.cli.disk_tier import check_disk_tier, hung
@@ -26,6 +26,8 @@ from kvstore.cli.examination import (
 )
 from kvstore.cli.exits import ExitCode
 from kvstore.cli.output import size_text
+from kvstore.errors import MisconfiguredError
+from kvstore.keys import format_folder
 from kvstore.retries import Retries
 
 PROBE_BYTES = 64 * 1024 + 3
@@ -40,6 +42,10 @@ FREE_FAIL_BYTES = 64 << 20
 _CONDITIONAL_FIX = (
     "use a store that honours PUT with If-None-Match: *, and let no proxy drop that header; "
     "without it two engines can overwrite each other's chunks"
+)
+_UPLOADS_FIX = (
+    "allow s3:ListBucketMultipartUploads and s3:AbortMultipartUpload to whoever runs it, "
+    "or have a lifecycle rule abort them; engines need neither"
 )
 _STORE_FIX = "use a store that keeps S3's promises, and let no caching or rewriting proxy stand before it"
 
@@ -170,6 +176,19 @@ async def check_delete(site: Site) -> Outcome:
     return passed("gone at once; deleting it again is no error")
 
 
+async def check_uploads(site: Site) -> Outcome:
+    """Uploads in parts that nobody finished can be found, so that `kvstore gc` can abort them."""
+    backend = site.backend
+    if not isinstance(backend, UploadsInParts):
+        return Outcome(Status.SKIP, "not needed: the store takes no uploads in parts")
+    folder = format_folder(site.settings.prefix)
+    try:
+        unfinished = [upload async for upload in backend.unfinished_uploads(folder)]
+    except MisconfiguredError as error:
+        return warned(f"`kvstore gc` cannot abort those that nobody finishes: {error}", _UPLOADS_FIX)
+    return passed(f"{len(unfinished)} unfinished under {folder}", unfinished=len(unfinished))
+
+
 async def check_clock(site: Site) -> Outcome:
     """The store's clock and this machine's agree well enough for signatures and ages."""
     before_s = time.time()
@@ -226,6 +245,7 @@ CHECKS = (
     Check("read_your_write", "read your write", check_read_your_write, ("write",)),
     Check("list", "list", check_list, ("write",)),
     Check("delete", "delete", check_delete, ("write",)),
+    Check("uploads", "uploads in parts", check_uploads, ("bucket",)),
     Check("clock", "clock drift", check_clock, ("bucket",)),
     Check("disk", "free disk", check_disk, unanswered=hung),
     Check("disk_tier", "disk tier", check_disk_tier, unanswered=hung),

@@ -18,6 +18,7 @@ from kvstore.gc.pace import Pace
 from kvstore.gc.pins import pin, unpin
 from kvstore.gc.policy import REASON_WORDS, Policy, Reason
 from kvstore.gc.store_clock import StoreClock
+from kvstore.gc.uploads import AbandonedUploads
 from kvstore.retries import Retries
 from kvstore.settings import Settings, resolve_settings
 
@@ -143,6 +144,7 @@ def _print_look(output: Output, look: Look, settings: Settings, *, list_chunks: 
         "foreign": look.inventory.foreign,
         "pins_of_nothing": look.usage.idle_pins,
         "headers_read": look.inventory.headers_read,
+        "abandoned_uploads": len(look.abandoned.uploads),
         "failed": look.inventory.failed,
     }
     output.record("summary", summary)
@@ -159,10 +161,11 @@ def _print_look(output: Output, look: Look, settings: Settings, *, list_chunks: 
     for count, what in (
         (planned.doubtful, "chunks whose place is not known: nothing of their namespace and shard goes"),
         (look.inventory.damaged, "chunks with a damaged header, left alone: see `kvstore verify`"),
+        (len(look.abandoned.uploads), "uploads in parts that nobody has finished for longer than the grace"),
     ):
         if count:
             output.line(f"{count} {what}", "yellow")
-    return print_failures(output, look.inventory.failed)
+    return print_failures(output, look.inventory.failed | _upload_failure(look.abandoned))
 
 
 def _reason_rows(look: Look) -> Iterator[dict[str, object]]:
@@ -217,6 +220,7 @@ def _print_report(output: Output, report: Report, settings: Settings, *, list_ch
         "marked_bytes": report.marked_bytes,
         "waiting": report.waiting_objects,
         "namespaces_removed": report.namespaces,
+        "uploads_aborted": len(report.aborted.uploads),
         "busy": [str(span) for span in report.busy],
         "failed": {str(span): why for span, why in report.failed.items()},
     }
@@ -229,12 +233,18 @@ def _print_report(output: Output, report: Report, settings: Settings, *, list_ch
     )
     if report.waiting_objects:
         output.line(f"{report.waiting_objects} were marked by an earlier run, not long enough ago")
+    if report.aborted.uploads:
+        output.line(f"aborted {len(report.aborted.uploads)} uploads in parts")
     if report.namespaces:
         output.line(f"removed the documents of empty namespaces: {', '.join(report.namespaces)}")
     if report.busy:
         output.line(f"another collection is at work on {len(report.busy)} spans: left to it")
-    failed = {**report.look.inventory.failed, **{str(span): why for span, why in report.failed.items()}}
-    return print_failures(output, failed)
+    failed = {str(span): why for span, why in report.failed.items()}
+    return print_failures(output, report.look.inventory.failed | failed | _upload_failure(report.aborted))
+
+
+def _upload_failure(found: AbandonedUploads) -> dict[str, str]:
+    return {"uploads in parts": found.fault} if found.fault else {}
 
 
 def print_failures(output: Output, failed: Mapping[str, str]) -> ExitCode:

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 # Each adds its commands.
 from kvstore.cli.app import app
-from kvstore.cli.commands import collection, contents, setup, transfer, verification  # noqa: F401
+from kvstore.cli.commands import collection, contents, nodes, setup, transfer, verification  # noqa: F401
 
 __all__ = ["app"]

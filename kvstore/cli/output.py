@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.live import Live
 
 CELL_CHARACTERS_MAX = 1024
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
@@ -73,6 +74,7 @@ class Output:
 
     def __init__(self, *, as_json: bool) -> None:
         self.as_json = as_json
+        self._live: Live | None = None
         # A model's name may hold letters that the terminal's encoding lacks.
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")
@@ -128,7 +130,25 @@ class Output:
             table.add_column(column.title, justify="right" if column.right else "left", overflow="fold")
         for cells in rows:
             table.add_row(*map(Text, cells))
-        self._console.print(table)
+        if self._live is None:
+            self._console.print(table)
+        else:
+            self._live.update(table, refresh=True)
+
+    @contextlib.contextmanager
+    def repainting(self, wanted: bool = True) -> Iterator[None]:  # noqa: FBT001, FBT002 as a with statement reads
+        """On a terminal each table printed within takes the place of the one before."""
+        if not wanted or self.as_json or not self._console.is_terminal:
+            yield
+            return
+        from rich.live import Live
+
+        with Live(console=self._console, auto_refresh=False) as live:
+            self._live = live
+            try:
+                yield
+            finally:
+                self._live = None
 
     def listing(self, kind: str, columns: Sequence[Column]) -> Listing:
         """Rows printed as they come, however many."""
@@ -137,7 +157,7 @@ class Output:
     @contextlib.contextmanager
     def progress(self, text: str) -> Iterator[Callable[[str], None]]:
         """Say on a terminal, and only there, what is being waited for. What comes out changes the text."""
-        if self.as_json or not self._console.is_terminal:
+        if self.as_json or self._live is not None or not self._console.is_terminal:
             yield lambda _: None
             return
         from rich.text import Text

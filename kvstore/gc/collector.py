@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -27,9 +27,10 @@ from kvstore.gc.policy import Policy
 from kvstore.gc.records import HASHES_MAX, DamagedRecordError, read_hashes, seal_hashes
 from kvstore.gc.spans import Announced, marked_rows, read_announced, rows_by_span
 from kvstore.gc.store_clock import StoreClock
+from kvstore.gc.uploads import NO_UPLOADS, AbandonedUploads, abort, find_abandoned
 from kvstore.gc.usage import Usage, note_usage
 from kvstore.gc.watch import SETTLE_S, SWEEP_S
-from kvstore.keys import namespace_document_name, namespace_folder
+from kvstore.keys import format_folder, namespace_document_name, namespace_folder
 
 _log = logging.getLogger("kvstore.gc")
 DELETE_BATCH = 1000
@@ -39,11 +40,12 @@ TOUCHES_KEPT_S = 30 * 86_400.0
 
 @dataclass(frozen=True)
 class Look:
-    """What is there, and what a policy would let go of it."""
+    """What is there, and what a policy would let go of it. `abandoned`: uploads that nobody finishes."""
 
     inventory: Inventory
     usage: Usage
     plan: Plan
+    abandoned: AbandonedUploads = NO_UPLOADS
 
 
 @dataclass
@@ -57,6 +59,7 @@ class Report:
                     will go in a run that begins a grace later, unless they are used
     waiting_objects marked by an earlier run, less than a grace ago
     namespaces      whose last chunk had gone, so that their document went
+    aborted         uploads in parts that nobody would have finished, and why not all of them
     busy            spans that another collector works on
     failed          spans that were left alone because of an error, and why
     """
@@ -69,6 +72,7 @@ class Report:
     marked_bytes: int = 0
     waiting_objects: int = 0
     namespaces: list[str] = field(default_factory=list)
+    aborted: AbandonedUploads = NO_UPLOADS
     busy: list[Span] = field(default_factory=list)
     failed: dict[Span, str] = field(default_factory=dict)
 
@@ -147,7 +151,9 @@ class Collector:
                 f"the policy lets all {look.plan.wanted} chunks go; loosen KVSTORE_GC_MAX_* or, if that is "
                 "what you want, say --force"
             )
-        return look
+        folder = namespace_folder(self._prefix, self._only) if self._only else format_folder(self._prefix)
+        before_s = self._clock.now_s() - self._policy.grace_s
+        return replace(look, abandoned=await find_abandoned(self._backend, self._pace, folder, before_s))
 
     async def run(self) -> Report:
         """Sweep what was marked at least a grace ago, then mark what goes next.
@@ -155,6 +161,7 @@ class Collector:
         Raises as `look`. An error about one span leaves that one alone, and the others go on.
         """
         report = Report(await self.look())
+        report.aborted = await abort(self._backend, self._pace, report.look.abandoned)
         announced = await read_announced(self._backend, self._prefix, self._pace)
         # Before the first announcement: nodes may count from it, and what was touched by then was used.
         sweeping = _Sweeping(self._clock.now_s(), asyncio.get_running_loop().time() + SWEEP_S - MARGIN_S)

@@ -53,9 +53,14 @@ class Forest:
             np.maximum.at(values, self.parent[rows], values[rows])
 
     def add_to_parents(self, values: Int64s) -> None:
-        """Make every value, in place, the sum of its chunk's and of all that continue it."""
+        """Add to every value, in place, those of all that continue its chunk."""
         for rows in self._upwards():
             np.add.at(values, self.parent[rows], values[rows])
+
+    def add_from_parents(self, values: Int64s) -> None:
+        """Add to every value, in place, those of all that come before its chunk in its prefix."""
+        for rows in reversed(list(self._upwards())):
+            values[rows] += values[self.parent[rows]]
 
     def tops(self) -> Int32s:
         """For each row that of the first chunk of its prefix that is there; it may be its own."""

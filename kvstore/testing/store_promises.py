@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from kvstore.backends.contract import PutStatus
+from kvstore.backends.contract import PutStatus, UnfinishedUpload, UploadsInParts
 from kvstore.errors import MisconfiguredError
 from kvstore.testing.scene import Scene, promise
 
@@ -177,3 +177,11 @@ class StorePromises:
         for backend in (used, unused):
             await backend.close()
             await backend.close()
+
+    @promise
+    async def test_what_was_put_is_no_unfinished_upload(self, scene: Scene) -> None:
+        if isinstance(scene.backend, UploadsInParts):
+            await scene.put("object", bytes(100_000))
+            assert [upload async for upload in scene.backend.unfinished_uploads(scene.prefix)] == []
+            await scene.backend.abort_upload(UnfinishedUpload(scene.name("object"), "no-such-upload", 0.0))
+            assert await scene.data("object") == bytes(100_000)

@@ -45,7 +45,7 @@ def test_a_healthy_store_passes_everything_and_is_left_as_it_was(kvstore, conten
 
 def test_each_kind_of_store_skips_what_it_does_not_have(kvstore, contents):
     skipped = with_status(kvstore("doctor", "--json").stdout, "skip")
-    assert skipped in ({"credentials", "disk_tier"}, {"disk", "disk_tier"})
+    assert skipped in ({"credentials", "uploads", "disk_tier"}, {"disk", "disk_tier"})
 
 
 def test_people_get_one_line_a_check_and_the_totals(kvstore, folder):
@@ -53,7 +53,7 @@ def test_people_get_one_line_a_check_and_the_totals(kvstore, folder):
     lines = ended.stdout.splitlines()
     assert "checking" not in ended.all
     assert sum(line.startswith("PASS") for line in lines) == 13
-    assert lines[-1] == "13 pass, 0 warn, 0 fail, 2 skip"
+    assert lines[-1] == "13 pass, 0 warn, 0 fail, 3 skip"
 
 
 def test_a_missing_bucket_is_a_configuration_error_with_the_fix(kvstore_process, s3):
@@ -73,7 +73,7 @@ def test_a_closed_port_is_unreachable(kvstore_process, s3):
     ended = kvstore_process("doctor", "--json", "--endpoint-url", f"http://127.0.0.1:{port}")
     assert ended.code == 4
     assert with_status(ended.stdout, "fail") == {"bucket"}
-    assert with_status(ended.stdout, "skip") == (STORE_CHECKS - {"bucket"}) | {"disk", "disk_tier"}
+    assert with_status(ended.stdout, "skip") == (STORE_CHECKS - {"bucket"}) | {"uploads", "disk", "disk_tier"}
 
 
 def test_an_endpoint_that_never_answers_is_unreachable_within_the_limit(s3, capsys):
@@ -278,6 +278,22 @@ def test_probe_objects_lie_beside_the_format_folder_whatever_the_prefix(examined
         examined(Recording, "--prefix", prefix)
         assert written
         assert all(name.startswith(folder) for name in written)
+
+
+def test_a_permission_that_only_collections_need_is_a_warning(examined):
+    class Refusing(MemoryBackend):
+        async def unfinished_uploads(self, prefix):
+            raise MisconfiguredError("cannot list unfinished uploads: AccessDenied")
+            yield
+
+        async def abort_upload(self, upload):
+            raise AssertionError
+
+    ended, found, _ = examined(Refusing)
+    assert ended.code == 0
+    assert found["uploads"]["status"] == "warn"
+    assert "AccessDenied" in found["uploads"]["detail"]
+    assert "s3:ListBucketMultipartUploads" in found["uploads"]["fix"]
 
 
 def test_losers_of_a_race_may_be_told_to_try_again(examined):

@@ -59,7 +59,7 @@ def test_the_wheel_holds_real_folders_where_the_checkout_has_links(wheel: Path) 
         sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("*.py")}
         assert sources
         assert {f"kvstore/{source}" for source in sources} <= set(names)
-    assert "kvstore/py.typed" in names
+    assert {"kvstore/py.typed", "kvstore/cli/page.css"} <= set(names)
     assert {name.split("/")[0] for name in names} == {"kvstore", wheel.name.split("-py3")[0] + ".dist-info"}
 
 

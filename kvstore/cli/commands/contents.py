@@ -86,3 +86,25 @@ def tree(
     from kvstore.cli.tree import Request, show_tree
 
     return show_tree(call, Request(target, levels, nodes))
+
+
+@app.command(rich_help_panel=_PANEL)
+@node_command
+def report(
+    call: Call,
+    out: Annotated[
+        str, typer.Option(metavar="FILE", help="Where the page goes; - for standard output")
+    ] = "kvstore-report.html",
+    at: Annotated[
+        list[str] | None,
+        typer.Option(metavar="HOST:PORT", help="A node whose hits and requests to tell of, too; repeatable"),
+    ] = None,
+    namespace: Annotated[str, typer.Option(metavar="NAMESPACE", help="Tell of this one alone")] = "",
+) -> ExitCode:
+    """One HTML page with plots: growth, age, namespaces, tenants, reuse by depth, hits by tier, cost.
+
+    Reads what `gc` reads: listings, and headers that no run has read before.
+    """
+    from kvstore.cli.report import Request, write_report
+
+    return write_report(call, Request(out, at or (), namespace))

@@ -48,3 +48,22 @@ def doctor(
     from kvstore.cli.doctor import examine_store
 
     return examine_store(call, namespace)
+
+
+@app.command(rich_help_panel=_PANEL)
+@node_command
+def bench(
+    call: Call,
+    seconds: Annotated[
+        float, typer.Option(min=0.05, max=60, metavar="SECONDS", help="Of each of some 15 steps, at most")
+    ] = 2.0,
+    write_bytes: Annotated[str, typer.Option(metavar="SIZE", help="Written in all, at most")] = "512MiB",
+    read_bytes: Annotated[str, typer.Option(metavar="SIZE", help="Read in all, at most")] = "4GiB",
+) -> ExitCode:
+    """What the store gives this node: latency, bandwidth, requests a second; and settings that go with it.
+
+    Writes under PREFIX/doctor/ and removes it again, also when it is interrupted.
+    """
+    from kvstore.cli.bench import measure_store
+
+    return measure_store(call, seconds, write_bytes, read_bytes)
