@@ -15,11 +15,13 @@ from kvstore.backends.opening import open_backend
 from kvstore.codecs.section_codecs import SectionCodecs
 from kvstore.event_loop import EventLoopThread
 from kvstore.gc.watch import MarkWatch
+from kvstore.index.node import IndexParts
 from kvstore.keys import ChunkKey
 from kvstore.layout import ChunkForm, KVLayout, Shard
 from kvstore.lookup import Lookups
 from kvstore.metrics import Metrics
 from kvstore.presence import Presence
+from kvstore.retries import Retries
 from kvstore.settings import Settings
 from kvstore.warn import WarnRarely
 
@@ -56,6 +58,11 @@ class ChunkFinder:
             metrics=self.metrics,
             warn=warn,
         )
+        self._closed = False
+        self._loop = EventLoopThread(workers=1)
+        index = IndexParts.of(
+            self._backend, settings, Retries(), metrics=self.metrics, warn=warn, loop=self._loop
+        )
         presences = {shard: Presence(settings.presence_ttl_s) for shard in shards}
         self._lookups = [
             Lookups(
@@ -68,6 +75,7 @@ class ChunkFinder:
                 presence=presence,
                 metrics=self.metrics,
                 warn=warn,
+                follower=index.follower(shard, presence.hints),
             )
             for shard, presence in presences.items()
         ]
@@ -75,8 +83,6 @@ class ChunkFinder:
             MarkWatch(self._backend, settings.prefix, shard, presence, warn)
             for shard, presence in presences.items()
         ]
-        self._closed = False
-        self._loop = EventLoopThread(workers=1)
         self._loop.submit(self._connect(no_object(settings.prefix)))
 
     def begin(self, keys: Sequence[ChunkKey]) -> Future[int]:
@@ -104,6 +110,8 @@ class ChunkFinder:
         """Know nothing any more of these chunks: the first of them could not be loaded."""
         for lookups in self._lookups:
             lookups.presence.forget(keys)
+            for key in keys[:1]:
+                lookups.presence.hints.note_missed(key)
 
     def close(self) -> None:
         """Give up what is under way, and release everything. Safe to repeat.

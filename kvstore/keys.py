@@ -150,10 +150,15 @@ class ObjectName(NamedTuple):
     shard: Shard
 
 
+def namespace_name_of(key: ChunkKey) -> str:
+    """The first 16 hex digits of its namespace's digest: what folders are named by."""
+    return key.namespace_digest.hex()[:16]
+
+
 def object_name(prefix: str, key: ChunkKey, shard: Shard) -> str:
     """`<prefix>/v1/<namespace, 16 hex>/<hash, first 2 hex>/<hash hex>.<shard>`."""
     digits = key.hash.hex()
-    return f"{namespace_folder(prefix, key.namespace_digest.hex()[:16])}{digits[:2]}/{digits}.{shard}"
+    return f"{namespace_folder(prefix, namespace_name_of(key))}{digits[:2]}/{digits}.{shard}"
 
 
 def namespace_document_name(prefix: str, namespace_name: str) -> str:

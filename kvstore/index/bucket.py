@@ -7,10 +7,14 @@ from dataclasses import dataclass
 from functools import partial
 
 from kvstore.backends.contract import ABSENT, Backend, ObjectInfo
+from kvstore.errors import KVStoreError
 from kvstore.gc.pace import Pace
-from kvstore.index.columns import RefusedIndexError
 
 _DELETE_BATCH = 1000
+
+
+class RefusedIndexError(KVStoreError):
+    """An object of the index is damaged, cut short, gone, or of a later format: it counts as absent."""
 
 
 @dataclass(frozen=True)

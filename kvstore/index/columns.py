@@ -15,18 +15,14 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
-from kvstore.errors import KVStoreError
 from kvstore.gc.records import DamagedRecordError, sealed, unsealed
+from kvstore.index.bucket import RefusedIndexError
 
 FORMAT = 1
 ROWS_MAX = 1 << 20
 _LEVEL = 1
 
 Rows = npt.NDArray[Any]
-
-
-class RefusedIndexError(KVStoreError):
-    """An object of the index is damaged, cut short, gone, or of a later format: it counts as absent."""
 
 
 def seal_map(kind: str, fields: Mapping[str, object]) -> bytes:

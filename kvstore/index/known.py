@@ -172,11 +172,14 @@ class KnownSet:
 
     def add(self, hashes: Sequence[bytes]) -> None:
         """Chunks have been stored."""
-        for word in words_of(hashes).tolist():
+        words = words_of(hashes)
+        for word, known in zip(words.tolist(), self._base.has(words).tolist(), strict=True):
+            gone = word in self._gone or word in self._gone_before
             self._gone.pop(word, None)
             self._gone_before.pop(word, None)
-            # Where nobody makes room some are left out: a node asks for them.
-            if len(self._news) < 2 * NEWS_MAX:
+            # What was gone may be left out of the base that is being made. Where nobody makes room some
+            # are left out: a node asks for them.
+            if (gone or not known) and len(self._news) < 2 * NEWS_MAX:
                 self._news.add(word)
 
     def discard(self, hashes: Sequence[bytes]) -> None:

@@ -7,7 +7,8 @@
     _index/<namespace>/<shard>/<generation>/manifest                written last: it makes a generation whole
 
 Seconds are those of the store's clock, as the writer estimates it: they let a reader begin a listing
-where it left off. A generation is named by the time before which its snapshot knows everything.
+where it left off. A generation is named by the time, in milliseconds, before which its snapshot knows
+everything.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ MANIFEST = "manifest"
 _PLACE = r"(?P<namespace>[0-9a-f]{16})/(?P<start>\d{1,10})-(?P<stop>\d{1,10})/"
 _LOG = re.compile(_PLACE + r"(?P<seconds>\d{10})-(?P<writer>[0-9a-f]{16})-\d+\.(?P<kind>stored|touched)")
 _SNAPSHOT = re.compile(
-    _PLACE + r"(?P<generation>\d{10}-[0-9a-f]{8})/(?P<file>manifest|\d{4,8}\.(?:fingerprints|facts))"
+    _PLACE + r"(?P<generation>\d{13}-[0-9a-f]{8})/(?P<file>manifest|\d{4,8}\.(?:fingerprints|facts))"
 )
 
 
@@ -51,11 +52,6 @@ class SnapshotName(NamedTuple):
     place: Place
     generation: str
     file: str
-
-    @property
-    def through_s(self) -> int:
-        """The store's time before which the snapshot knows everything."""
-        return through_of(self.generation)
 
 
 def log_folder(prefix: str, place: Place | str = "") -> str:
@@ -85,13 +81,13 @@ def parse_log(prefix: str, name: str) -> LogName | None:
 
 
 def generation_of(through_s: float, random_hex: str) -> str:
-    """The name of a generation; `random_hex` of 8 digits keeps two of one second apart."""
-    return f"{int(through_s):010d}-{random_hex}"
+    """The name of a generation; `random_hex` of 8 digits keeps two of one moment apart."""
+    return f"{int(through_s * 1000):013d}-{random_hex}"
 
 
-def through_of(generation: str) -> int:
-    """The store's time before which a generation knows everything."""
-    return int(generation.partition("-")[0])
+def through_of(generation: str) -> float:
+    """The store's time, in seconds, before which a generation knows everything."""
+    return int(generation.partition("-")[0]) / 1000
 
 
 def snapshot_name(prefix: str, place: Place, generation: str, file: str) -> str:

@@ -7,13 +7,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
 from kvstore.gc.chunks import HASH_BYTES, NONE, match
 from kvstore.index.columns import Rows
+from kvstore.index.records import UNKNOWN_VERSION
 
 FINGERPRINT_BYTES = 8
-UNKNOWN_VERSION = 0
 # hash, parent   prefix hashes, of the chunk and of the one before it
 # version        of the object by its ETag; UNKNOWN_VERSION where who stored it was not told
 # depth, tokens  as in its header
@@ -41,11 +40,6 @@ class Touched(NamedTuple):
 
     hashes: bytes
     at_s: float
-
-
-def version_of(etag: str) -> int:
-    """An ETag, of any form, as a number; UNKNOWN_VERSION for none."""
-    return xxhash.xxh3_64_intdigest(etag.encode()) or 1 if etag else UNKNOWN_VERSION
 
 
 def fingerprints(hashes: npt.NDArray[np.uint8]) -> Words:
@@ -77,11 +71,8 @@ def find(rows: Rows, hashes: npt.NDArray[np.uint8]) -> npt.NDArray[np.int32]:
     return match(fingerprints(rows["hash"]), fingerprints(hashes), same)
 
 
-def merged(base: Rows, stored: Iterable[Rows], touched: Iterable[Touched]) -> Rows:
-    """What is known when all of a log is: `base`, sorted, with what was stored and loaded since.
-
-    stored  rows as they were logged, the oldest first
-    """
+def merged(base: Rows, stored: Iterable[Rows]) -> Rows:
+    """What is known when more is: `base`, sorted, with rows as a log tells of them, the oldest first."""
     news = sorted_rows(np.concatenate([np.empty(0, ROWS), *stored]))
     at = find(base, news["hash"])
     known = at != NONE
@@ -90,23 +81,17 @@ def merged(base: Rows, stored: Iterable[Rows], touched: Iterable[Touched]) -> Ro
     # Who only saw that it is there knows less than who stored it.
     worse = known & (news["version"] == UNKNOWN_VERSION)
     news[worse] = base[at[worse]]
-    rows = sorted_rows(np.concatenate([base, news]))
-    note_touched(rows["hash"], touched, rows["touched_s"], rows["touches"])
-    return rows
+    return sorted_rows(np.concatenate([base, news]))
 
 
-def note_touched(
-    hashes: npt.NDArray[np.uint8], touched: Iterable[Touched], touched_s: Rows, touches: Rows
-) -> None:
-    """Note in two columns of the chunks with these hashes, (n, 32), what was loaded, and when."""
+def note_touched(rows: Rows, touched: Iterable[Touched]) -> None:
+    """Note in rows, in any order, that their chunks were loaded, and when; others are passed over."""
     told = list(touched)
-    rows = np.empty(len(hashes), np.dtype([("hash", "u1", HASH_BYTES)]))
-    rows["hash"] = hashes
     at = find(rows, hash_columns(b"".join(each.hashes for each in told)))
     when_s = np.repeat([each.at_s for each in told], [len(each.hashes) // HASH_BYTES for each in told])
     here = at != NONE
-    np.maximum.at(touched_s, at[here], when_s[here].astype(touched_s.dtype))
-    np.add.at(touches, at[here], 1)
+    np.maximum.at(rows["touched_s"], at[here], when_s[here].astype(np.int64))
+    np.add.at(rows["touches"], at[here], 1)
 
 
 def _whole(hashes: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:

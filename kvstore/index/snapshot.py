@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import astuple, dataclass, fields
 from typing import Any
 
 import numpy as np
 
 from kvstore.gc.chunks import HASH_BYTES, NONE
-from kvstore.index.bucket import IndexBucket
+from kvstore.index.bucket import IndexBucket, RefusedIndexError
 from kvstore.index.columns import (
     ROWS_MAX,
-    RefusedIndexError,
     Rows,
     read_map,
     read_rows,
@@ -80,7 +80,7 @@ class Snapshot:
         return sum(part.rows for part in self.parts)
 
     @property
-    def through_s(self) -> int:
+    def through_s(self) -> float:
         """The store's time before which it knows everything."""
         return through_of(self.generation)
 
@@ -114,7 +114,7 @@ async def write_snapshot(bucket: IndexBucket, place: Place, rows: Rows, through_
 
 async def snapshots(
     bucket: IndexBucket, place: Place, refused: Callable[[str], object] = _log.warning
-) -> AsyncIterator[Snapshot]:
+) -> AsyncGenerator[Snapshot]:
     """Those of a place that are whole, the newest first.
 
     refused  told of those that cannot be read
@@ -132,6 +132,14 @@ async def snapshots(
             yield Snapshot(place, generation, _parts(name, data))
         except RefusedIndexError as error:
             refused(str(error))
+
+
+async def newest_snapshot(
+    bucket: IndexBucket, place: Place, refused: Callable[[str], object] = _log.warning
+) -> Snapshot | None:
+    """The newest of a place that is whole; see `snapshots`."""
+    async with aclosing(snapshots(bucket, place, refused)) as found:
+        return await anext(found, None)
 
 
 async def read_fingerprints(
