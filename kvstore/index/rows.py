@@ -73,7 +73,8 @@ def find(rows: Rows, hashes: npt.NDArray[np.uint8]) -> npt.NDArray[np.int32]:
 
 def merged(base: Rows, stored: Iterable[Rows]) -> Rows:
     """What is known when more is: `base`, sorted, with rows as a log tells of them, the oldest first."""
-    news = sorted_rows(np.concatenate([np.empty(0, ROWS), *stored]))
+    told = np.concatenate([np.empty(0, ROWS), *stored])
+    news = sorted_rows(told)
     at = find(base, news["hash"])
     known = at != NONE
     for field in ("touched_s", "touches"):
@@ -81,7 +82,13 @@ def merged(base: Rows, stored: Iterable[Rows]) -> Rows:
     # Who only saw that it is there knows less than who stored it.
     worse = known & (news["version"] == UNKNOWN_VERSION)
     news[worse] = base[at[worse]]
-    return sorted_rows(np.concatenate([base, news]))
+    rows = sorted_rows(np.concatenate([base, news]))
+    # Who finds that it is there already tells of it later than who stored it.
+    for earlier in (base, told):
+        at = find(rows, earlier["hash"])
+        same = rows["version"][at] == earlier["version"]
+        np.minimum.at(rows["stored_s"], at[same], earlier["stored_s"][same])
+    return rows
 
 
 def note_touched(rows: Rows, touched: Iterable[Touched]) -> None:

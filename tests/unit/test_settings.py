@@ -102,6 +102,7 @@ MALFORMED = {
     "fetch_concurrency": ["0", "-1", "4097", "1.5", "all"],
     "upload_concurrency": ["0", "4097"],
     "upload_queue_bytes": ["0", "lots"],
+    "index_bytes": ["-1", "64 megs"],
     "gc_max_bytes": ["0B", "1000000", "10 tons", "-1GiB"],
     "gc_max_namespace_bytes": ["1000000", "lots"],
     "gc_max_tenant_bytes": ["1000000", "lots"],
