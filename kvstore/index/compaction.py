@@ -50,6 +50,14 @@ class Told:
     news: bool
 
 
+@dataclass
+class Kept:
+    """What lies in the bucket of one place's index: objects of snapshots, whole or not, and of the log."""
+
+    objects: list[tuple[SnapshotName, ObjectInfo]] = field(default_factory=list)
+    log: list[ObjectInfo] = field(default_factory=list)
+
+
 async def read_index(bucket: IndexBucket, place: Place, log: Iterable[ObjectInfo], through_s: float) -> Told:
     """What the newest snapshot and the log tell. What is damaged counts as absent, and is warned of.
 
@@ -77,6 +85,18 @@ async def compact(bucket: IndexBucket, place: Place, log: Iterable[ObjectInfo], 
     return await write_snapshot(bucket, place, told.rows, now_s)
 
 
+async def survey(bucket: IndexBucket, namespace_name: str = "") -> dict[Place, Kept]:
+    """What lies in the bucket of the indexes of a namespace, or of all."""
+    places: defaultdict[Place, Kept] = defaultdict(Kept)
+    async for info in bucket.list(snapshots_folder(bucket.prefix, namespace_name)):
+        name = parse_snapshot(bucket.prefix, info.name)
+        if name is not None:
+            places[name.place].objects.append((name, info))
+    for place, log in (await list_logs(bucket, namespace_name)).items():
+        places[place].log = log
+    return {place: places[place] for place in sorted(places, key=str)}
+
+
 async def remove_covered(
     bucket: IndexBucket, now_s: float, *, only: str = "", namespaces: Collection[str] | None = None
 ) -> int:
@@ -85,64 +105,36 @@ async def remove_covered(
     only        the name of one namespace; empty for all
     namespaces  names of all that there are: logs and snapshots of others are removed after a day
     """
-    index = [info async for info in bucket.list(snapshots_folder(bucket.prefix, only))]
-    logs = await list_logs(bucket, only)
-    places: dict[Place, _Kept] = defaultdict(_Kept)
-    for info in index:
-        name = parse_snapshot(bucket.prefix, info.name)
-        if name is not None:
-            places[name.place].objects.append((name, info))
-    for place, log in logs.items():
-        places[place].log = log
     names: list[str] = []
-    for place, kept in places.items():
+    for place, kept in (await survey(bucket, only)).items():
         if namespaces is not None and place.namespace_name not in namespaces:
             all_of_it = [*kept.log, *(info for _, info in kept.objects)]
             names += [info.name for info in all_of_it if now_s - info.modified_s > ABANDONED_S]
             continue
         newest = await newest_snapshot(bucket, place)
         if newest is not None:
-            names += needless(newest, kept.objects, kept.log, now_s)
+            names += needless(newest, kept, now_s)
     await bucket.remove(names)
     return len(names)
 
 
-def needless(
-    newest: Snapshot,
-    objects: Iterable[tuple[SnapshotName, ObjectInfo]],
-    log: Iterable[ObjectInfo],
-    now_s: float,
-) -> list[str]:
+def needless(newest: Snapshot, kept: Kept, now_s: float) -> list[str]:
     """Names of what `newest`, the newest snapshot of a place that can be read, makes needless."""
-    objects = list(objects)
-    whole = {name.generation: info for name, info in objects if name.file == MANIFEST}
+    whole = {name.generation: info for name, info in kept.objects if name.file == MANIFEST}
     since_s = whole[newest.generation].modified_s if newest.generation in whole else now_s
     margin_s = {True: MARGIN_S, False: ABANDONED_S}
     return [
         info.name
-        for name, info in objects
+        for name, info in kept.objects
         if name.generation < newest.generation
         and now_s - max(since_s, info.modified_s) > margin_s[name.generation in whole]
-    ] + [info.name for info in log if info.modified_s < newest.through_s - MARGIN_S]
+    ] + [info.name for info in kept.log if info.modified_s < newest.through_s - MARGIN_S]
 
 
 async def read_indexes(bucket: IndexBucket, namespace_name: str, now_s: float) -> dict[Place, Told]:
     """What the indexes of all shards of a namespace tell; see `read_index`."""
-    logs = await list_logs(bucket, namespace_name)
-    places = set(logs)
-    async for info in bucket.list(snapshots_folder(bucket.prefix, namespace_name)):
-        found = parse_snapshot(bucket.prefix, info.name)
-        if found is not None:
-            places.add(found.place)
-    return {place: await read_index(bucket, place, logs.get(place, ()), now_s) for place in sorted(places, key=str)}
-
-
-@dataclass
-class _Kept:
-    """What lies in the bucket of one place's index."""
-
-    objects: list[tuple[SnapshotName, ObjectInfo]] = field(default_factory=list)
-    log: list[ObjectInfo] = field(default_factory=list)
+    places = await survey(bucket, namespace_name)
+    return {place: await read_index(bucket, place, kept.log, now_s) for place, kept in places.items()}
 
 
 async def _read_log(

@@ -16,7 +16,15 @@ from kvstore.gc.inventory import Stocktaking
 from kvstore.gc.pace import Pace
 from kvstore.gc.store_clock import StoreClock
 from kvstore.index.bucket import IndexBucket
-from kvstore.index.compaction import ABANDONED_S, MARGIN_S, compact, needless, read_indexes, remove_covered
+from kvstore.index.compaction import (
+    ABANDONED_S,
+    MARGIN_S,
+    Kept,
+    compact,
+    needless,
+    read_indexes,
+    remove_covered,
+)
 from kvstore.index.log_objects import list_logs, seal_stored, seal_touched
 from kvstore.index.names import Place, SnapshotName, generation_of, log_file, log_folder, snapshots_folder
 from kvstore.index.records import StoredRecord, version_of
@@ -250,4 +258,4 @@ def test_a_generation_goes_when_whoever_may_be_reading_or_writing_it_is_done(age
     ]
     random.Random(1).shuffle(objects)
     due = sorted(f"{older}/{file}" for file in files) if goes else []
-    assert sorted(needless(newest, objects, [], now_s)) == due
+    assert sorted(needless(newest, Kept(objects), now_s)) == due
