@@ -98,6 +98,7 @@ class Lookups:
 
     async def run(self, keys: Sequence[ChunkKey], timeout_s: float) -> LookupResult:
         """Count the leading keys that are present; never raises for trouble with the backend."""
+        until_s = asyncio.get_running_loop().time() + timeout_s
         if self.follower is not None and keys:
             await self.follower.wait_loaded(namespace_name_of(keys[0]), timeout_s * _INDEX_SHARE)
         known = self._known(keys)
@@ -108,7 +109,7 @@ class Lookups:
             found = count
 
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout_at(until_s):
                 await self._probe(keys, known, note)
         except TimeoutError:
             failure = MissReason.TIMEOUT

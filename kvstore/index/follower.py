@@ -122,6 +122,7 @@ class Follower:
 
     async def _reload(self, place: Place, followed: _Followed) -> bool:
         """Begin anew with the newest snapshot; False if it is the one that is known."""
+        from kvstore.index.known import KnownSet, base_for
         from kvstore.index.snapshot import newest_snapshot
 
         snapshot = await newest_snapshot(self._bucket, place, self._refuse)
@@ -129,6 +130,12 @@ class Follower:
         if followed.known is not None and generation in ("", followed.generation):
             return False
         known = await self._loaded(snapshot)
+        if known is None:
+            if followed.known is not None:
+                # What is known is worth more than nothing, and this one is not going to get better.
+                followed.generation = generation
+                return False
+            known = KnownSet(base_for(0, self._bytes_max), self._bytes_max, complete=False)
         followed.seen = set()
         followed.read_s = 0.0 if snapshot is None else snapshot.through_s
         await self._read_log(place, followed, known.add)
@@ -138,25 +145,27 @@ class Follower:
             self._let_go(evicted)
         return True
 
-    async def _loaded(self, snapshot: Snapshot | None) -> KnownSet:
+    async def _loaded(self, snapshot: Snapshot | None) -> KnownSet | None:
+        """What a snapshot tells; None where there is none, or it is refused."""
         from kvstore.index.known import KnownSet, base_for
         from kvstore.index.snapshot import read_fingerprints
 
-        if snapshot is not None:
-            base, filling = base_for(snapshot.rows, self._bytes_max), threading.Lock()
+        if snapshot is None:
+            self._meter.load_ended("absent")
+            return None
+        base, filling = base_for(snapshot.rows, self._bytes_max), threading.Lock()
 
-            def take(start: int, words: Any) -> None:
-                with filling:
-                    base.put(start, words)
+        def take(start: int, words: Any) -> None:
+            with filling:
+                base.put(start, words)
 
-            try:
-                await read_fingerprints(self._bucket, snapshot, take, self._work)
-                self._meter.load_ended("loaded")
-                return KnownSet(base, self._bytes_max, complete=True)
-            except RefusedIndexError as error:
-                self._refuse(str(error))
-        self._meter.load_ended("absent")
-        return KnownSet(base_for(0, self._bytes_max), self._bytes_max, complete=False)
+        try:
+            await read_fingerprints(self._bucket, snapshot, take, self._work)
+        except RefusedIndexError as error:
+            self._refuse(str(error))
+            return None
+        self._meter.load_ended("loaded")
+        return KnownSet(base, self._bytes_max, complete=True)
 
     async def _read_log(
         self, place: Place, followed: _Followed, add: Callable[[Sequence[bytes]], None]

@@ -22,6 +22,9 @@ from kvstore.index.names import Place, log_file, log_folder, snapshots_folder
 from kvstore.index.records import StoredRecord
 from kvstore.index.rows import ROWS, sorted_rows
 from kvstore.index.snapshot import in_place, write_snapshot
+from kvstore.lookup import Lookups
+from kvstore.metrics import Metrics
+from kvstore.presence import Presence
 from kvstore.retries import Retries
 from kvstore.warn import WarnRarely
 
@@ -191,6 +194,45 @@ def test_a_damaged_snapshot_is_refused_and_the_log_is_what_is_known(file, caplog
 
 def written_to(caplog):
     return "remove it" in caplog.text or "is gone, or has other" in caplog.text
+
+
+def test_what_is_known_is_kept_where_a_newer_snapshot_is_damaged():
+    async def scenario(lab):
+        await lab.snapshot(KEYS[:4])
+        await lab.follow()
+        await asyncio.sleep(60)
+        written = await lab.snapshot(KEYS[:8])
+        name = f"{snapshots_folder(PREFIX, PLACE)}{written.generation}/0000.fingerprints"
+        await lab.backend.put(name, [b"nonsense"], if_absent=False)
+        await asyncio.sleep(3 * RELOAD_STEPS * STEP_S)
+        return lab.known(), lab.meter.count
+
+    assert run(scenario) == (Hint(4, complete=True), {"loaded": 1, "refused": 1})
+
+
+def test_p8_a_lookup_that_waits_for_the_index_keeps_to_its_deadline():
+    async def scenario(lab):
+        lab.backend.when("list", Gate())
+        lab.backend.when("head", Gate())
+        warn = WarnRarely(logging.getLogger("kvstore"))
+        lookups = Lookups(
+            backend=lab.backend,
+            backend_off=lambda: False,
+            prefix=PREFIX,
+            shard=PLACE.shard,
+            memory=None,
+            disk=None,
+            presence=Presence(60.0, lab.hints),
+            metrics=Metrics(),
+            warn=warn,
+            follower=lab.follower,
+        )
+        loop = asyncio.get_running_loop()
+        began_s = loop.time()
+        result = await lookups.run(KEYS, 1.0)
+        return result.chunks, loop.time() - began_s
+
+    assert run(scenario) == (0, pytest.approx(1.0))
 
 
 def test_the_first_who_asks_waits_a_while_and_the_others_hardly():
