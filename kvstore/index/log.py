@@ -153,7 +153,8 @@ class IndexLog:
             self._meter.dropped(waiting.kind, 1)
             return
         waiting.records.setdefault(namespace_name, []).append(record)
-        if waiting.count >= BATCH:
+        # Not with every record, where those before it cannot be written.
+        if waiting.count % BATCH == 0:
             self._full.set()
 
     async def _flush(self, waiting: _Waiting) -> None:
@@ -167,6 +168,8 @@ class IndexLog:
             except KVStoreError as error:
                 said = f"{len(records)} records of chunks {waiting.kind} are not written: {error}"
                 self._warn(BACKEND_TROUBLE, said)
+            except Exception as error:
+                self._warn("index log", f"the index's log is not written because of a defect: {error!r}")
             finally:
                 if written:
                     self._meter.written(waiting.kind, len(records))

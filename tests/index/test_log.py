@@ -154,6 +154,17 @@ def test_what_could_not_be_written_is_written_with_the_next(caplog):
     assert "1 records of chunks stored are not written: 503" in caplog.text
 
 
+def test_a_defect_does_not_end_the_log(caplog):
+    async def scenario(lab):
+        lab.backend.when("put", OSError("socket"), times=1)
+        lab.log.note_stored(KEYS[0], 1, "x")
+        await asyncio.sleep(3 * STORED_S)
+        return +lab.meter.count
+
+    assert run(scenario) == {("stored", "written"): 1}
+    assert "because of a defect: OSError('socket')" in caplog.text
+
+
 def test_memory_is_bounded_and_what_is_dropped_is_counted(monkeypatch):
     monkeypatch.setattr(log_module, "WAITING_MAX", 5)
     monkeypatch.setattr(log_module, "TOLD_MAX", 4)
