@@ -3,10 +3,13 @@
 Trees are synthetic: turns of conversations, each of which continues an earlier one, from a few
 system prompts, of three tenants in three namespaces of two shards. The policy has every limit there
 is. Each size is planned in a process of its own, so that its peak of memory is its own; that includes
-the columns planned over.
+the columns planned over. Then a node learns from a snapshot of a million chunks what there is.
 
 JSON: machine; objects, plan_s, peak_rss_bytes (of the largest size), growth_exponent (of plan_s, from
-the smallest size to the largest: 1 is linear); `sizes`: a list of {objects, plan_s, peak_rss_bytes, goes}.
+the smallest size to the largest: 1 is linear); `sizes`: a list of {objects, plan_s, peak_rss_bytes, goes};
+snapshot_chunks, snapshot_load_1m_s, snapshot_1m_bytes (of its objects, of which a node reads a part),
+snapshot_1m_peak_bytes (how far the load raises the process's memory at most), snapshot_1m_known_bytes (what
+is left of that).
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from benchmarks.command_line import add_numbers, parser_of
+from benchmarks.command_line import add_number, add_numbers, parser_of
 from benchmarks.report import machine, print_result, say, timed
 from kvstore.gc.chunks import Chunks
 from kvstore.gc.plan import plan
@@ -98,6 +101,7 @@ def measure(objects: int) -> dict[str, int | float]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = parser_of(prog="make bench NAME=gc", description=__doc__)
     add_numbers(parser, "--objects", SIZES, "how many objects there are, one size after the other")
+    add_number(parser, "--snapshot-chunks", 1_000_000, "how many chunks the snapshot has that is loaded")
     parser.add_argument("--here", action="store_true", help="measure in this process, and print that alone")
     options = parser.parse_args(arguments)
     if options.here:
@@ -117,12 +121,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if len(rows) > 1:
         exponent = math.log(most["plan_s"] / least["plan_s"]) / math.log(most["objects"] / least["objects"])
         say(f"growth exponent {exponent:.2f}")
+    # What it needs is no part of the memory that planning takes.
+    from benchmarks import snapshot_load
+
+    loaded = snapshot_load.measure(options.snapshot_chunks)
+    say(
+        f"{options.snapshot_chunks:>10} chunks: loaded in {loaded['snapshot_load_1m_s']:.2f} s, with "
+        f"{loaded['snapshot_1m_peak_bytes'] / (1 << 20):.0f} MiB at most, from a snapshot of "
+        f"{loaded['snapshot_1m_bytes'] / (1 << 20):.0f} MiB"
+    )
     print_result(
         {
             "machine": machine(),
             **{name: most[name] for name in ("objects", "plan_s", "peak_rss_bytes")},
             "growth_exponent": None if exponent is None else round(exponent, 3),
             "sizes": rows,
+            **loaded,
         }
     )
 

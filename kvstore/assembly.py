@@ -24,6 +24,9 @@ from kvstore.disk.tier import DiskTier
 from kvstore.errors import MisconfiguredError
 from kvstore.event_loop import EventLoopThread
 from kvstore.gc.watch import MarkWatch
+from kvstore.index.follower import Follower
+from kvstore.index.log import IndexLog
+from kvstore.index.node import IndexParts
 from kvstore.keys import format_folder, namespace_document_name
 from kvstore.layout import ChunkForm
 from kvstore.lookup import Lookups
@@ -57,6 +60,7 @@ class Assembly:
     backend: GuardedBackend
     presence: Presence
     watch: MarkWatch
+    log: IndexLog
     lookups: Lookups
     reads: ReadPath
     writes: WriteBehind
@@ -80,6 +84,7 @@ class Assembly:
         if self.disk is not None:
             await self.disk.open()
         self.writes.begin()
+        self.log.start()
         try:
             # A listing, as it writes nothing and tells a missing bucket from a missing object.
             async for _ in self.backend.list(format_folder(prefix)):
@@ -99,6 +104,7 @@ class Assembly:
         """Close the tiers, in bounded time."""
         try:
             await self.writes.end()
+            await self.log.close()
             if self.disk is not None:
                 await self.disk.close()
         finally:
@@ -153,6 +159,10 @@ class Assembler:
             warn=self._warn,
         )
         retries = Retries()
+        index = IndexParts.of(
+            guarded, self._settings, retries, metrics=self._metrics, warn=self._warn, loop=loop
+        )
+        log = index.log(self._form)
         watch = MarkWatch(guarded, self._settings.prefix, self._form.shard, self._presence, self._warn)
         return Assembly(
             memory=self._memory,
@@ -160,9 +170,10 @@ class Assembler:
             backend=guarded,
             presence=self._presence,
             watch=watch,
-            lookups=self._lookups(guarded),
-            reads=self._read_path(guarded, retries, loop),
-            writes=self._write_behind(guarded, watch, retries, loop),
+            log=log,
+            lookups=self._lookups(guarded, index.follower(self._form.shard, self._presence.hints)),
+            reads=self._read_path(guarded, log, retries, loop),
+            writes=self._write_behind(guarded, watch, log, retries, loop),
             endpoint=MetricsEndpoint(MetricsPlace.parse(self._settings.metrics_port), self._metrics.registry),
             warn=self._warn,
         )
@@ -213,7 +224,7 @@ class Assembler:
         self._metrics.watch_disk(lambda: disk.occupied_bytes)
         return disk
 
-    def _lookups(self, backend: GuardedBackend) -> Lookups:
+    def _lookups(self, backend: GuardedBackend, follower: Follower | None) -> Lookups:
         return Lookups(
             backend=backend,
             backend_off=lambda: backend.breaker.off,
@@ -224,9 +235,12 @@ class Assembler:
             presence=self._presence,
             metrics=self._metrics,
             warn=self._warn,
+            follower=follower,
         )
 
-    def _read_path(self, backend: GuardedBackend, retries: Retries, loop: EventLoopThread) -> ReadPath:
+    def _read_path(
+        self, backend: GuardedBackend, log: IndexLog, retries: Retries, loop: EventLoopThread
+    ) -> ReadPath:
         disk = self._disk
         tiers = ReadTiers(
             memory=self._memory,
@@ -250,6 +264,7 @@ class Assembler:
             disk=disk,
             flights=ChunkFlights(tiers),
             presence=self._presence,
+            log=log,
             metrics=self._metrics,
             loop=loop,
             warn=self._warn,
@@ -267,13 +282,18 @@ class Assembler:
         )
 
     def _write_behind(
-        self, backend: GuardedBackend, watch: MarkWatch, retries: Retries, loop: EventLoopThread
+        self,
+        backend: GuardedBackend,
+        watch: MarkWatch,
+        log: IndexLog,
+        retries: Retries,
+        loop: EventLoopThread,
     ) -> WriteBehind:
         settings = self._settings
         places = asyncio.Semaphore(settings.upload_concurrency)
         on_retry = self._metrics.retried_writes().inc
         uploader = Uploader(
-            backend, settings.prefix, self._presence, watch, retries=retries, on_retry=on_retry
+            backend, settings.prefix, self._presence, watch, log, retries=retries, on_retry=on_retry
         )
         writes = WriteBehind(
             uploader=uploader,

@@ -15,6 +15,7 @@ from kvstore.backends.opening import open_backend
 from kvstore.codecs.section_codecs import SectionCodecs
 from kvstore.event_loop import EventLoopThread
 from kvstore.gc.watch import MarkWatch
+from kvstore.index.node import IndexParts
 from kvstore.keys import ChunkKey
 from kvstore.layout import ChunkForm, KVLayout, Shard
 from kvstore.lookup import Lookups
@@ -22,6 +23,7 @@ from kvstore.metrics import Metrics
 from kvstore.metrics_endpoint import MetricsEndpoint
 from kvstore.metrics_place import MetricsPlace
 from kvstore.presence import Presence
+from kvstore.retries import Retries
 from kvstore.settings import Settings
 from kvstore.warn import WarnRarely
 
@@ -58,6 +60,11 @@ class ChunkFinder:
             metrics=self.metrics,
             warn=warn,
         )
+        self._closed = False
+        self._loop = EventLoopThread(workers=1)
+        index = IndexParts.of(
+            self._backend, settings, Retries(), metrics=self.metrics, warn=warn, loop=self._loop
+        )
         presences = {shard: Presence(settings.presence_ttl_s) for shard in shards}
         self._lookups = [
             Lookups(
@@ -70,6 +77,7 @@ class ChunkFinder:
                 presence=presence,
                 metrics=self.metrics,
                 warn=warn,
+                follower=index.follower(shard, presence.hints),
             )
             for shard, presence in presences.items()
         ]
@@ -78,8 +86,6 @@ class ChunkFinder:
             for shard, presence in presences.items()
         ]
         self._endpoint = MetricsEndpoint(MetricsPlace.parse(settings.metrics_port), self.metrics.registry)
-        self._closed = False
-        self._loop = EventLoopThread(workers=1)
         self._loop.submit(self._connect(no_object(settings.prefix)))
 
     def begin(self, keys: Sequence[ChunkKey]) -> Future[int]:
@@ -107,6 +113,8 @@ class ChunkFinder:
         """Know nothing any more of these chunks: the first of them could not be loaded."""
         for lookups in self._lookups:
             lookups.presence.forget(keys)
+            for key in keys[:1]:
+                lookups.presence.hints.note_missed(key)
 
     def close(self) -> None:
         """Give up what is under way, and release everything. Safe to repeat.

@@ -155,9 +155,14 @@ class ObjectName(NamedTuple):
     shard: Shard
 
 
+def namespace_name_of(key: ChunkKey) -> str:
+    """The first 16 hex digits of its namespace's digest: what folders are named by."""
+    return key.namespace_digest.hex()[:16]
+
+
 def object_name(prefix: str, key: ChunkKey, shard: Shard) -> str:
     """`<prefix>/v1/<namespace, 16 hex>/<hash, first 2 hex>/<hash hex>.<shard>`."""
-    return chunk_name(prefix, ObjectName(key.namespace_digest.hex()[:16], key.hash, shard))
+    return chunk_name(prefix, ObjectName(namespace_name_of(key), key.hash, shard))
 
 
 def chunk_name(prefix: str, parts: ObjectName) -> str:

@@ -11,7 +11,8 @@ from kvstore.backends.contract import Backend
 from kvstore.disk.tier import DiskTier
 from kvstore.errors import KVStoreError, MissReason
 from kvstore.handles import LookupResult
-from kvstore.keys import ChunkKey, object_name
+from kvstore.index.follower import Follower
+from kvstore.keys import ChunkKey, namespace_name_of, object_name
 from kvstore.layout import Shard
 from kvstore.memory_tier import MemoryTier
 from kvstore.metrics import Metrics
@@ -19,6 +20,8 @@ from kvstore.presence import Presence
 from kvstore.warn import BACKEND_TROUBLE, WarnRarely
 
 PROBES_PER_ROUND = 16
+# Of a lookup's time, that it waits for the index to be loaded.
+_INDEX_SHARE = 0.5
 
 
 def probe_points(low: int, high: int, probes: int = PROBES_PER_ROUND) -> list[int]:
@@ -45,11 +48,16 @@ def narrow(low: int, high: int, answers: Sequence[tuple[int, bool]]) -> tuple[in
 
 @dataclass(frozen=True)
 class Known:
-    """What needs no request: leading chunks by local tier, and the bounds of how many there are in all."""
+    """What needs no request: leading chunks by local tier, and the bounds of how many there are in all.
+
+    low    as far as is known here, and then as far as the index says
+    ended  whether the index knows all but the latest, so that there hardly are more than `low`
+    """
 
     by_tier: Mapping[str, int]
     low: int
     high: int
+    ended: bool
 
     @property
     def local(self) -> int:
@@ -61,9 +69,12 @@ class Known:
 class Lookups:
     """Answers lookups from the tiers on this machine, then from what is known, then from the backend.
 
+    What the index says is offered without a request, and never taken for a proof.
+
     backend_off  whether the backend is switched off, so that what it holds cannot be had. Any thread
                  may ask
     memory       None where this process keeps no chunks
+    follower     keeps the index's hints fresh; None where there is to be no index
     """
 
     backend: Backend
@@ -75,6 +86,7 @@ class Lookups:
     presence: Presence
     metrics: Metrics
     warn: WarnRarely
+    follower: Follower | None = None
 
     def at_once(self, keys: Sequence[ChunkKey]) -> LookupResult | None:
         """The answer, from any thread, if it takes no request. None: ask `run`."""
@@ -86,6 +98,9 @@ class Lookups:
 
     async def run(self, keys: Sequence[ChunkKey], timeout_s: float) -> LookupResult:
         """Count the leading keys that are present; never raises for trouble with the backend."""
+        until_s = asyncio.get_running_loop().time() + timeout_s
+        if self.follower is not None and keys:
+            await self.follower.wait_loaded(namespace_name_of(keys[0]), timeout_s * _INDEX_SHARE)
         known = self._known(keys)
         found, failure = known.low, None
 
@@ -94,7 +109,7 @@ class Lookups:
             found = count
 
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout_at(until_s):
                 await self._probe(keys, known, note)
         except TimeoutError:
             failure = MissReason.TIMEOUT
@@ -117,7 +132,8 @@ class Lookups:
                 if self.memory is not None:
                     by_tier["memory"] += self.memory.leading(keys, sum(by_tier.values()))
         low, high = self.presence.bounds(keys, sum(by_tier.values()))
-        return Known(by_tier, low, high)
+        hint = self.presence.hints.leading(keys[low:high])
+        return Known(by_tier, low + hint.chunks, high, hint.complete)
 
     def _result(
         self, keys: Sequence[ChunkKey], known: Known, found: int, failure: MissReason | None
@@ -135,8 +151,11 @@ class Lookups:
     async def _probe(self, keys: Sequence[ChunkKey], known: Known, note: Callable[[int], None]) -> None:
         """Tell `note` how many leading keys are present, more exactly after each round trip."""
         low, high = known.low, known.high
+        ended = known.ended
         while low < high:
-            points = probe_points(low, high)
+            # Another node may have stored the next one just now.
+            points = [low] if ended else probe_points(low, high)
+            ended = False
             answers = await self._ask(keys, points)
             low, high = narrow(low, high, answers)
             for here in (True, False):

@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from kvstore.disk.events import Departure, DiskFailure, FillDrop, Half, JournalDrop
 from kvstore.errors import MissReason
+from kvstore.index.hints import Hints
 
 # From a page cache's reply to a stalled request that runs into its deadline.
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -98,6 +99,23 @@ class Metrics:
         )
         self._disk_off = self._gauge("disk_off", "1 while a half of the disk tier is switched off", "half")
         self._tier_chunks = self._gauge("tier_chunks", "Chunks kept in a local tier", "tier")
+        index_bytes = Gauge(
+            "kvstore_index_bytes", "Memory of what is known to be stored", registry=self.registry
+        )
+        index_stale = Gauge(
+            "kvstore_index_stale_chunks",
+            "Chunks that were known to be stored, and that loads did not find, or found damaged",
+            registry=self.registry,
+        )
+        self._hints: list[Hints] = []
+        index_bytes.set_function(lambda: sum(each.nbytes for each in self._hints))
+        index_stale.set_function(lambda: sum(each.stale for each in self._hints))
+        self.index_meter = IndexMeter(
+            self._counter("index_loads", "Attempts to load an index, by outcome", "outcome"),
+            self._counter(
+                "index_records", "Records for the index's log, by kind and outcome", "kind", "outcome"
+            ),
+        )
 
     def tier_reads(self, tier: str, in_flight: Callable[[], float], limit: Callable[[], float]) -> TierReads:
         """The meter of reads from `tier`; the callbacks say how many are under way and may be."""
@@ -143,6 +161,10 @@ class Metrics:
             journal_drops=self._journal_drops,
             quarantined=self._quarantined,
         )
+
+    def watch_hints(self, hints: Hints) -> None:
+        """Report what a shard's hints take, too, and how often they were wrong."""
+        self._hints.append(hints)
 
     def retried_writes(self) -> Counter:
         """Counts writes to the backend that are tried again."""
@@ -206,6 +228,26 @@ class DiskMeter:
     def degraded(self, half: Half, *, off: bool) -> None:
         """See DiskEvents."""
         self._off.labels(half.value).set(off)
+
+
+class IndexMeter:
+    """Counts what a follower of the index, and a writer of its log, tell. See LoadMeter and RecordMeter."""
+
+    def __init__(self, loads: Counter, records: Counter) -> None:
+        self._loads = loads
+        self._records = records
+
+    def load_ended(self, outcome: str) -> None:
+        """See LoadMeter."""
+        self._loads.labels(outcome).inc()
+
+    def written(self, kind: str, count: int) -> None:
+        """See RecordMeter."""
+        self._records.labels(kind, "written").inc(count)
+
+    def dropped(self, kind: str, count: int) -> None:
+        """See RecordMeter."""
+        self._records.labels(kind, "dropped").inc(count)
 
 
 class TierReads:

@@ -8,7 +8,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
 from kvstore.errors import MissReason
-from kvstore.keys import ChunkKey
+from kvstore.index.hints import Hints
+from kvstore.keys import ChunkKey, namespace_name_of
 
 ABSENT_TTL_S = 1.0
 ENTRIES_MAX = 1 << 18
@@ -32,10 +33,14 @@ class Presence:
 
     present_ttl_s  how long a sighting is trusted: another node's GC may delete the chunk.
                    Absence is trusted for ABSENT_TTL_S only: another node may store it any moment.
+    hints          of the index; told what is found out. What they say is not known here
     """
 
-    def __init__(self, present_ttl_s: float, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, present_ttl_s: float, hints: Hints | None = None, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._present_ttl_s = present_ttl_s
+        self.hints = hints or Hints()
         self._clock = clock
         self._lock = threading.Lock()
         self._known: OrderedDict[bytes, tuple[bool, float]] = OrderedDict()
@@ -77,10 +82,11 @@ class Presence:
     def doom(self, hashes: frozenset[bytes]) -> None:
         """Count just these chunks as absent, whatever is seen of them: they are about to be removed."""
         with self._lock:
-            for hash_ in self._doomed - hashes:
+            earlier, self._doomed = self._doomed, hashes
+            for hash_ in earlier - hashes:
                 # Seen before it was removed, if it was.
                 self._known.pop(hash_, None)
-            self._doomed = hashes
+        self.hints.drop(earlier ^ hashes)
 
     def note(self, keys: Iterable[ChunkKey], *, present: bool) -> None:
         """Remember what a request has shown of these chunks."""
@@ -102,6 +108,7 @@ class Presence:
         """Remember that loading a chunk found it absent or damaged; other reasons prove nothing."""
         if reason is MissReason.ABSENT or reason in DAMAGE:
             self.note([key], present=False)
+            self.hints.note_missed(key)
         if reason in DAMAGE:
             with self._lock:
                 # For a while, as with what is present: another node may replace it.
@@ -119,3 +126,4 @@ class Presence:
         self.note([key], present=True)
         with self._lock:
             self._damaged.pop(key.hash, None)
+        self.hints.add(namespace_name_of(key), [key.hash])

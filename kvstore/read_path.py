@@ -16,6 +16,7 @@ from kvstore.disk.tier import DiskTier
 from kvstore.errors import KVStoreError, MissError, MissReason
 from kvstore.event_loop import EventLoopThread, to_its_end
 from kvstore.handles import LoadHandle
+from kvstore.index.log import IndexLog
 from kvstore.keys import ChunkKey
 from kvstore.layout import ChunkForm
 from kvstore.memory_tier import MemoryTier
@@ -41,6 +42,7 @@ class ReadPath:
     disk: DiskTier | None
     flights: ChunkFlights
     presence: Presence
+    log: IndexLog
     metrics: Metrics
     loop: EventLoopThread
     warn: WarnRarely
@@ -116,6 +118,7 @@ class ChunkLoad:
         self._path.memory.touch(used)
         if self._path.disk is not None:
             self._path.disk.touch(used)
+        self._path.log.note_touched(used)
 
     def _want(self, wanted: _WantedChunk, began_s: float) -> None:
         if wanted.index not in self._wanted:

@@ -116,6 +116,7 @@ def _check_grace(value: object) -> object:
 
 
 Bytes = Annotated[ByteSize, BeforeValidator(size_text_of), BeforeValidator(_no_bool), Field(gt=0)]
+BytesOrNone = Annotated[ByteSize, BeforeValidator(size_text_of), BeforeValidator(_no_bool), Field(ge=0)]
 BytesLimit = Annotated[Annotated[ByteSize, Field(gt=0)] | None, BeforeValidator(size_with_unit)]
 DurationLimit = Annotated[float | None, BeforeValidator(seconds_of)]
 Grace = Annotated[float, BeforeValidator(_check_grace)]
@@ -217,6 +218,11 @@ class Settings(BaseSettings):
     close_timeout_s: Seconds = Field(10.0, description="seconds close() may spend on uploads still queued")
     presence_ttl_s: Seconds = Field(
         60.0, description="seconds a lookup may trust that a chunk seen is still there"
+    )
+    index_bytes: BytesOrNone = Field(
+        ByteSize(64 << 20),
+        description="a size such as 64MiB: memory for what is known to be stored, for each namespace and "
+        "shard; 0: lookups ask the store alone",
     )
     fetch_concurrency: Count = Field(64, description="ranged reads in flight at once, at most")
     upload_concurrency: Count = Field(4, description="uploads in flight at once")

@@ -7,15 +7,16 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
-from kvstore.backends.contract import ABSENT, Buffer, PutStatus
+from kvstore.backends.contract import ABSENT, Buffer, PutStatus, ReadResult
 from kvstore.backends.guarded import GuardedBackend
 from kvstore.chunk import decode_header
 from kvstore.errors import MissError, MissReason, RetryableError
 from kvstore.failpoints import Failpoint, reach
 from kvstore.gc.watch import MarkWatch
 from kvstore.handles import SaveOutcome
+from kvstore.index.log import IndexLog
 from kvstore.keys import ChunkKey, namespace_document_name, object_name
 from kvstore.layout import Shard
 from kvstore.presence import DAMAGE, Presence
@@ -23,6 +24,14 @@ from kvstore.retries import Retries
 
 T = TypeVar("T")
 DESCRIBED_S = 3600.0
+
+
+class _There(NamedTuple):
+    """A chunk's object that is in the bucket; size and version where they were seen."""
+
+    outcome: SaveOutcome
+    object_bytes: int = 0
+    etag: str = ""
 
 
 class Uploader:
@@ -38,6 +47,7 @@ class Uploader:
         prefix: str,
         presence: Presence,
         watch: MarkWatch,
+        log: IndexLog,
         *,
         retries: Retries,
         on_retry: Callable[[], None],
@@ -46,6 +56,7 @@ class Uploader:
         self._prefix = prefix
         self._presence = presence
         self._watch = watch
+        self._log = log
         self._retries = retries
         self._on_retry = on_retry
         self._described_until_s: dict[str, float] = {}
@@ -94,7 +105,7 @@ class Uploader:
         # Headers name their writer, and have every section's checksum.
         header = memoryview(parts[0])[:header_bytes]
 
-        async def put() -> SaveOutcome:
+        async def put() -> _There:
             await self._watch.check_upload(key)
             reach(Failpoint.BEFORE_PUT)
             # An object seen to be damaged is the one thing that is ever replaced.
@@ -102,21 +113,24 @@ class Uploader:
             result = await self._backend.put(name, parts, if_absent=if_absent)
             reach(Failpoint.AFTER_PUT)
             if result.status is PutStatus.CREATED:
-                return SaveOutcome.STORED
-            outcome = await self._there(key, shard, header)
-            if outcome is None:
+                return _There(SaveOutcome.STORED, sum(map(len, parts)), result.etag)
+            there = await self._there(key, shard, header)
+            if there is None:
                 raise RetryableError(f"{name} is there already, but not to be read, or it is damaged")
-            return outcome
+            return there
 
         async with self._turn(name):
-            outcome = None
-            if seen or self._presence.get(key):
+            there = None
+            # Reading a header costs less than sending a chunk that is there.
+            if seen or self._presence.get(key) or self._presence.hints.leading([key]).chunks:
                 await self._made(partial(self._watch.check_upload, key))
-                outcome = await self._there(key, shard, header)
-            if outcome is None:
-                outcome = await self._made(put)
+                there = await self._there(key, shard, header)
+            if there is None:
+                there = await self._made(put)
             self._presence.note_stored(key)
-        return outcome
+            if there.object_bytes:
+                self._log.note_stored(key, there.object_bytes, there.etag)
+        return there.outcome
 
     async def holds(self, key: ChunkKey, shard: Shard, header_bytes: int) -> bool:
         """Whether there is an object that begins with a chunk's header, which has so many bytes."""
@@ -137,20 +151,24 @@ class Uploader:
             del self._putting[name]
             done.set_result(None)
 
-    async def _there(self, key: ChunkKey, shard: Shard, header: memoryview) -> SaveOutcome | None:
+    async def _there(self, key: ChunkKey, shard: Shard, header: memoryview) -> _There | None:
         """Whose object is there: STORED, with this header; PRESENT, another one; None, none, or damage."""
         try:
             found = await self._header(key, shard, len(header))
         except MissError as miss:
             if miss.reason not in DAMAGE:
-                return SaveOutcome.PRESENT
+                return _There(SaveOutcome.PRESENT)
             self._presence.note_miss(key, miss.reason)
             return None
         if found is None:
             return None
-        return SaveOutcome.STORED if found == header else SaveOutcome.PRESENT
+        begin, result = found
+        outcome = SaveOutcome.STORED if begin == header else SaveOutcome.PRESENT
+        return _There(outcome, result.object_bytes, result.etag)
 
-    async def _header(self, key: ChunkKey, shard: Shard, header_bytes: int) -> memoryview | None:
+    async def _header(
+        self, key: ChunkKey, shard: Shard, header_bytes: int
+    ) -> tuple[memoryview, ReadResult] | None:
         """How the chunk's object begins; None where there is none. MissError: not with its header."""
         name = object_name(self._prefix, key, shard)
         found = memoryview(bytearray(header_bytes))
@@ -162,7 +180,7 @@ class Uploader:
             raise MissError(MissReason.WRONG_KEY, "holds another chunk")
         if header.object_bytes != result.object_bytes:
             raise MissError(MissReason.TRUNCATED, "has another length than its header says")
-        return found
+        return found, result
 
     def _is_described(self, namespace_name: str) -> bool:
         return time.monotonic() < self._described_until_s.get(namespace_name, 0.0)

@@ -1,7 +1,7 @@
 """Collectors, writers and readers at work on one bucket, in virtual time, all from one seed.
 
-The writers are made of the store's own parts (Uploader, Presence, MarkWatch); what they save and load
-is drawn from a few prefix trees. As things happen it is checked that
+The nodes are made of the store's own parts (Uploader, Lookups with the index, Presence, MarkWatch); what
+they save and load is drawn from a few prefix trees. As things happen it is checked that
 
 * no chunk is removed that is pinned, that was stored or touched within the grace, or that another
   one that is there continues
@@ -36,8 +36,13 @@ from kvstore.gc.pins import pin
 from kvstore.gc.policy import Policy
 from kvstore.gc.store_clock import StoreClock
 from kvstore.gc.watch import RETELL_S, SETTLE_S, WATCH_S, MarkWatch
+from kvstore.index.bucket import IndexBucket
+from kvstore.index.follower import Follower
+from kvstore.index.log import IndexLog, StoreTime
+from kvstore.index.snapshot import in_place
 from kvstore.keys import ChunkKey, PrefixChain, namespace_document_name, object_name
 from kvstore.layout import ChunkForm
+from kvstore.lookup import Lookups
 from kvstore.metrics import Metrics
 from kvstore.presence import Presence
 from kvstore.retries import Retries
@@ -50,6 +55,8 @@ FORM = ChunkForm(TINY_LAYOUT, TINY_LAYOUT.whole)
 PRESENCE_TTL_S = 60.0
 UPLOAD_TIMEOUT_S = 60.0
 GRACE_S = 1800.0
+LOOKUP_TIMEOUT_S = 10.0
+INDEX_BYTES = 1 << 16
 _METRICS = Metrics()
 _LOG = logging.getLogger("simulation")
 _LOG.setLevel(logging.CRITICAL)
@@ -212,12 +219,30 @@ class Node:
         self._backend = guarded
         self._presence = Presence(PRESENCE_TTL_S, clock=asyncio.get_running_loop().time)
         self._watch = MarkWatch(guarded, PREFIX, FORM.shard, self._presence, warn)
+        retries = Retries()
+        bucket, time = IndexBucket(guarded, PREFIX, Pace(100, 8, retries)), StoreTime(guarded)
+        parts = {"meter": _METRICS.index_meter, "warn": warn, "work": in_place}
+        self._log = IndexLog(bucket, FORM.shard, TINY_LAYOUT.chunk_tokens, time, **parts)
+        self._follower = Follower(bucket, FORM.shard, time, self._presence.hints, INDEX_BYTES, **parts)
+        self._lookups = Lookups(
+            backend=guarded,
+            backend_off=lambda: guarded.breaker.off,
+            prefix=PREFIX,
+            shard=FORM.shard,
+            memory=None,
+            disk=None,
+            presence=self._presence,
+            metrics=_METRICS,
+            warn=warn,
+            follower=self._follower,
+        )
         self._uploader = Uploader(
-            guarded, PREFIX, self._presence, self._watch, retries=Retries(), on_retry=lambda: None
+            guarded, PREFIX, self._presence, self._watch, self._log, retries=retries, on_retry=lambda: None
         )
 
     async def run(self) -> None:
         await self._watch.start()
+        self._log.start()
         try:
             # A server waits until it is connected.
             while self._watch._read_s < 0:  # noqa: ASYNC110 virtual time
@@ -228,6 +253,8 @@ class Node:
                     await self._serve(self._asked_for())
         finally:
             self._watch._running.cancel()
+            self._log._running.cancel()
+            self._follower.stop()
 
     async def _pause(self) -> None:
         """Wait for a user; they are many while something is swept."""
@@ -252,26 +279,17 @@ class Node:
         return chain[: self._source.randint(1, len(chain))]
 
     async def _serve(self, keys: Sequence[ChunkKey]) -> None:
-        found = await self._lookup(keys)
+        found = (await self._lookups.run(keys, LOOKUP_TIMEOUT_S)).chunks
         self._watch.note_used(keys[:found])
         self._referee.note_used(keys[:found], self.connection)
         for key in keys[:found]:
             if not await self._load(key):
                 break
+            self._log.note_touched([key])
         # The model computes.
         await asyncio.sleep(self._source.uniform(0, 20))
         if self._saves:
             await self._save(keys)
-
-    async def _lookup(self, keys: Sequence[ChunkKey]) -> int:
-        low, high = self._presence.bounds(keys, 0)
-        while low < high:
-            there = await self._backend.head(object_name(PREFIX, keys[low], FORM.shard)) is not None
-            self._presence.note([keys[low]], present=there)
-            if not there:
-                break
-            low += 1
-        return low
 
     async def _load(self, key: ChunkKey) -> bool:
         due = data_of(key)

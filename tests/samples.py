@@ -12,7 +12,7 @@ from typing import Literal
 
 from kvstore.backends.contract import Absent, Buffer, Capabilities, ObjectInfo, PutResult, ReadResult
 from kvstore.backends.memory import MemoryBackend, StoredObject
-from kvstore.keys import ChunkKey, PrefixChain, object_name
+from kvstore.keys import ChunkKey, PrefixChain, object_name, parse_object_name
 from kvstore.layout import ChunkForm, DType, KVLayout
 from kvstore.namespace import Namespace
 from kvstore.plan import FetchLimits
@@ -363,7 +363,7 @@ def stored_chunks(
     settings = {"codec": codec, "close_timeout_s": PATIENCE_S, "memory_bytes": 192 * form.raw_bytes}
     with store_of(backend, form.layout, **settings) as store:
         store.save(chain, range(len(chain)), Pages(len(chain), form, text))
-    return {name: found for name, found in backend.objects.items() if not name.endswith(".json")}
+    return {name: found for name, found in backend.objects.items() if parse_object_name(PREFIX, name)}
 
 
 def settle(store: KVStore) -> None:

@@ -11,6 +11,7 @@ from kvstore.gc.chunks import Int32s
 from kvstore.gc.forest import Forest
 from kvstore.gc.inventory import Inventory, Stocktaking
 from kvstore.gc.pace import Pace
+from kvstore.gc.store_clock import StoreClock
 from kvstore.gc.usage import Usage, note_usage
 from kvstore.keys import format_folder
 from kvstore.listing import Description, describe
@@ -53,8 +54,8 @@ async def take_stock(backend: Backend, settings: Settings, only: str = "") -> St
     """
     prefix = settings.prefix
     pace = Pace(settings.gc_requests_per_s, AT_ONCE, Retries())
-    now_s = await pace(backend.clock_s)
-    inventory = await Stocktaking(backend, prefix, pace).run(only)
+    clock = StoreClock(await pace(backend.clock_s))
+    inventory = await Stocktaking(backend, prefix, pace, clock).run(only)
     if only and only not in (*inventory.namespaces, *inventory.failed):
         raise NoSuchObjectError(
             f"there is no namespace {only} under {format_folder(prefix)}; see `kvstore ls`"
@@ -63,7 +64,7 @@ async def take_stock(backend: Backend, settings: Settings, only: str = "") -> St
     forest = Forest.of(inventory.chunks)
     return Stock(
         place=f"{backend.location} under {format_folder(prefix)}",
-        now_s=now_s,
+        now_s=clock.now_s(),
         inventory=inventory,
         usage=usage,
         forest=forest,

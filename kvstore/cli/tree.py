@@ -18,6 +18,7 @@ from kvstore.cli.options import Call
 from kvstore.cli.output import Output, printable, size_text, time_text
 from kvstore.gc.inventory import Inventory, Stocktaking
 from kvstore.gc.pace import Pace
+from kvstore.gc.store_clock import StoreClock
 from kvstore.gc.usage import note_usage
 from kvstore.keys import format_folder, root_hash
 from kvstore.listing import Description, describe
@@ -74,7 +75,8 @@ def show_tree(call: Call, request: Request) -> ExitCode:
 
 async def _look(backend: Backend, settings: Settings, name: str) -> _Seen:
     pace = Pace(settings.gc_requests_per_s, AT_ONCE, Retries())
-    inventory = await Stocktaking(backend, settings.prefix, pace).run(name)
+    clock = StoreClock(await pace(backend.clock_s))
+    inventory = await Stocktaking(backend, settings.prefix, pace, clock).run(name)
     await note_usage(backend, settings.prefix, pace, inventory)
     return _Seen(inventory, await describe(backend, settings.prefix, name))
 

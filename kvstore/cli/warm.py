@@ -144,7 +144,7 @@ class _Site:
         Raises NoSuchObjectError where one is missing, MissError where one's header is damaged.
         """
         pace = Pace(self.settings.gc_requests_per_s, 1, Retries())
-        headers = Headers(self.backend, self.settings.prefix, pace)
+        headers = Headers(self.backend, pace)
         folder = namespace_folder(self.settings.prefix, self.namespace.name)
         keys: list[ChunkKey] = []
         while not keys or keys[-1].depth:

@@ -20,7 +20,7 @@ from kvstore.errors import KVStoreError, MisconfiguredError
 from kvstore.gc.chunks import Flags, Int64s
 from kvstore.gc.inventory import Inventory, Stocktaking
 from kvstore.gc.lease import MARGIN_S, Lease, LeaseLostError, Leases
-from kvstore.gc.names import DIGITS, Announcement, Span, headers_name
+from kvstore.gc.names import Announcement, Span
 from kvstore.gc.pace import Pace
 from kvstore.gc.plan import Plan, plan
 from kvstore.gc.policy import Policy
@@ -30,6 +30,8 @@ from kvstore.gc.store_clock import StoreClock
 from kvstore.gc.uploads import NO_UPLOADS, AbandonedUploads, abort, find_abandoned
 from kvstore.gc.usage import Usage, note_usage
 from kvstore.gc.watch import SETTLE_S, SWEEP_S
+from kvstore.index.bucket import IndexBucket
+from kvstore.index.compaction import remove_covered
 from kvstore.keys import format_folder, namespace_document_name, namespace_folder
 
 _log = logging.getLogger("kvstore.gc")
@@ -136,11 +138,14 @@ class Collector:
         self._force = force
 
     async def look(self) -> Look:
-        """See what is there and what would go. Changes nothing but what is kept of headers.
+        """See what is there and what would go. Changes nothing but the index, if that did not tell of all.
 
         Raises MisconfiguredError for a namespace that is not there, or where everything would go.
         """
-        look = await self._look()
+        return await self._look_first(keep=False)
+
+    async def _look_first(self, *, keep: bool) -> Look:
+        look = await self._look(keep=keep)
         if self._only and self._only not in (*look.inventory.namespaces, *look.inventory.failed):
             raise MisconfiguredError(
                 f"there is no namespace {self._only} under the prefix {self._prefix!r}; "
@@ -160,7 +165,7 @@ class Collector:
 
         Raises as `look`. An error about one span leaves that one alone, and the others go on.
         """
-        report = Report(await self.look())
+        report = Report(await self._look_first(keep=True))
         report.aborted = await abort(self._backend, self._pace, report.look.abandoned)
         announced = await read_announced(self._backend, self._prefix, self._pace)
         # Before the first announcement: nodes may count from it, and what was touched by then was used.
@@ -168,14 +173,20 @@ class Collector:
         due = await self._announce_sweeps(announced, report)
         if due:
             await self._sweep_all(due, sweeping, report)
-            report.look = await self._look()
+            report.look = await self._look(keep=True)
         await self._mark_all(report)
         await self._tidy(report)
         return report
 
-    async def _look(self, due: Iterable[_Due] | None = None, now_s: float | None = None) -> Look:
-        """What is there, and what would go of it; of what is `due`, if that is given."""
-        inventory = await Stocktaking(self._backend, self._prefix, self._pace).run(self._only)
+    async def _look(
+        self, due: Iterable[_Due] | None = None, now_s: float | None = None, *, keep: bool = False
+    ) -> Look:
+        """What is there, and what would go of it; of what is `due`, if that is given.
+
+        keep  whether to write snapshots of it all
+        """
+        stocktaking = Stocktaking(self._backend, self._prefix, self._pace, self._clock, keep=keep)
+        inventory = await stocktaking.run(self._only)
         usage = await note_usage(self._backend, self._prefix, self._pace, inventory)
         may_go: Flags | None = None
         if due is not None:
@@ -281,17 +292,18 @@ class Collector:
         await self._pace.for_all(list(rows), mark)
 
     async def _tidy(self, report: Report) -> None:
-        """Remove documents of namespaces without chunks, and records of touches long ago."""
+        """Remove documents of namespaces without chunks, records of touches long ago, and old indexes."""
         look, now_s = report.look, self._clock.now_s()
         kept_s = max(TOUCHES_KEPT_S, self._policy.max_idle_s or 0.0)
         stale = [name for name, modified_s in look.usage.records.items() if now_s - modified_s > kept_s]
         await self._remove(stale)
         for name in look.inventory.emptied:
             if now_s - look.inventory.documents[name] > self._policy.grace_s:
-                document = namespace_document_name(self._prefix, name)
-                kept = [headers_name(self._prefix, name, digit) for digit in DIGITS]
-                await self._remove([document, *kept])
+                await self._remove([namespace_document_name(self._prefix, name)])
                 report.namespaces.append(name)
+        there = {*look.inventory.namespaces, *look.inventory.failed}
+        bucket = IndexBucket(self._backend, self._prefix, self._pace)
+        await remove_covered(bucket, now_s, only=self._only, namespaces=None if self._only else there)
 
     async def _lease(self, span: Span, report: Report) -> Lease | None:
         lease = await self._leases.take(span)

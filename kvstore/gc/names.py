@@ -4,7 +4,6 @@
     announced/<namespace>/<shard>/<digit>/<number>.<sweep>      those of that mark are about to go
     leases/<namespace>/<shard>/<digit>/<number>                 who works on what
     touches/<namespace>/<shard>/<random>                        chunks that were marked and then used
-    headers/<namespace>/<digit>                                 what headers say, so that each is read once
     pins/<namespace>/<hash>                                     chunks that stay, with all before them
 
 A span is what one lease is for: the prefixes of a namespace and shard whose first chunk's hash
@@ -99,11 +98,6 @@ def parse_touch(prefix: str, name: str) -> tuple[str, Shard] | None:
     """Namespace and shard of a touch record; None for any other name."""
     match = _TOUCHES.fullmatch(name.removeprefix(touches_folder(prefix)))
     return None if match is None else (match["namespace"], Shard(int(match["start"]), int(match["stop"])))
-
-
-def headers_name(prefix: str, namespace_name: str, digit: str) -> str:
-    """Where it is kept what headers of chunks say whose own hash begins with `digit`."""
-    return f"{gc_folder(prefix)}headers/{namespace_name}/{digit}"
 
 
 def pins_folder(prefix: str) -> str:

@@ -22,7 +22,7 @@ from kvstore.backends.contract import Backend
 from kvstore.errors import KVStoreError, MisconfiguredError
 from kvstore.gc.names import Announcement, announced_folder, parse_announcement, touch_name
 from kvstore.gc.records import DamagedRecordError, read_hashes, seal_hashes
-from kvstore.keys import ChunkKey
+from kvstore.keys import ChunkKey, namespace_name_of
 from kvstore.layout import Shard
 from kvstore.presence import Presence
 from kvstore.warn import WarnRarely
@@ -102,7 +102,7 @@ class MarkWatch:
     def note_used(self, keys: Sequence[ChunkKey]) -> None:
         """Tell of chunks in use, from any thread: those that are marked are to live."""
         with self._noting:
-            self._namespaces.update({key.namespace_digest.hex()[:16] for key in keys[:1]})
+            self._namespaces.update({namespace_name_of(key) for key in keys[:1]})
             self._used.update(key.hash for key in keys)
             while len(self._used) > USED_MAX:
                 self._used.pop()
@@ -117,7 +117,7 @@ class MarkWatch:
         if not self._doomed.isdisjoint((key.hash, key.parent)):
             raise DoomedError("it continues, or is, what a garbage collection is about to remove")
         with self._noting:
-            self._namespaces.add(key.namespace_digest.hex()[:16])
+            self._namespaces.add(namespace_name_of(key))
             self._used.update((key.hash, key.parent))
 
     async def read(self) -> None:

@@ -18,6 +18,7 @@ from kvstore.gc.forest import Forest
 from kvstore.gc.inventory import Inventory, Stocktaking
 from kvstore.gc.pace import Pace
 from kvstore.gc.paced_backend import PacedBackend
+from kvstore.gc.store_clock import StoreClock
 from kvstore.keys import ObjectName, namespace_document_name, root_hash
 from kvstore.listing import Description, describe, namespaces
 from kvstore.upkeep.inspection import read_header
@@ -153,7 +154,8 @@ class Account:
         return True
 
     async def _by_tenant(self) -> None:
-        inventory = await Stocktaking(self._plain, self._prefix, self._pace).run(self._only)
+        clock = StoreClock(await self._pace(self._plain.clock_s))
+        inventory = await Stocktaking(self._plain, self._prefix, self._pace, clock).run(self._only)
         self._found.foreign, self._found.failed = inventory.foreign, inventory.failed
         chunks = inventory.chunks
         self._found.total = _holding(inventory, np.arange(len(chunks)))

@@ -1,4 +1,5 @@
 import asyncio
+import time
 from dataclasses import replace
 
 import pytest
@@ -11,15 +12,19 @@ from kvstore.backends.s3 import S3Backend, S3Options
 from kvstore.backends.wrapper import BackendWrapper
 from kvstore.errors import MisconfiguredError, RetryableError
 from kvstore.gc import collector
-from kvstore.gc.names import announced_folder, gc_folder, headers_name, pin_name, touch_name
+from kvstore.gc.names import announced_folder, pin_name, touch_name
 from kvstore.gc.pins import pin, unpin
 from kvstore.gc.policy import Policy
 from kvstore.gc.records import DamagedRecordError, seal_hashes
 from kvstore.gc.store_clock import StoreClock
+from kvstore.index.log_objects import seal_stored, seal_touched
+from kvstore.index.names import Place, log_file, log_folder, snapshots_folder
+from kvstore.index.records import UNKNOWN_VERSION, StoredRecord, version_of
 from kvstore.keys import namespace_document_name, namespace_folder, object_name
 from kvstore.layout import Shard
 
 FOLDER = namespace_folder(PREFIX, NAMESPACE.name)
+PLACE = Place(NAMESPACE.name, SHARD)
 DOCUMENT = namespace_document_name(PREFIX, NAMESPACE.name)
 
 
@@ -52,13 +57,15 @@ def test_the_first_run_marks_and_a_later_one_sweeps(bucket):
     assert bucket.names(announced_folder(PREFIX)) == []
 
 
-def test_a_look_changes_nothing_but_what_is_kept_of_headers(bucket):
+def test_a_look_changes_nothing_but_the_index(bucket):
     bucket.fill(chain(5))
     before = set(bucket.names())
     look = bucket.look()
     assert (len(look.plan.rows), look.inventory.headers_read) == (5, 5)
-    assert all(name.startswith(f"{gc_folder(PREFIX)}headers/") for name in set(bucket.names()) - before)
+    assert all(name.startswith(snapshots_folder(PREFIX)) for name in set(bucket.names()) - before)
+    after = bucket.names()
     assert bucket.look().inventory.headers_read == 0
+    assert bucket.names() == after
 
 
 def test_a_header_is_read_again_when_its_object_was_replaced(bucket):
@@ -69,11 +76,14 @@ def test_a_header_is_read_again_when_its_object_was_replaced(bucket):
     assert (look.inventory.headers_read, look.inventory.damaged) == (1, 1)
 
 
-def test_what_was_kept_of_headers_may_be_damaged(memory):
+def test_the_index_may_be_damaged_or_lost(memory):
     memory.fill(chain(3))
     memory.look()
-    names = memory.names(f"{gc_folder(PREFIX)}headers/")
-    memory.put(dict.fromkeys(names, b"nonsense"))
+    memory.put(dict.fromkeys(memory.names(snapshots_folder(PREFIX)), b"nonsense"))
+    assert memory.look().inventory.headers_read == 3
+    assert memory.look().inventory.headers_read == 0
+    lost = memory.names(snapshots_folder(PREFIX))
+    memory.run(lambda backend: backend.delete(lost))
     assert memory.look().inventory.headers_read == 3
 
 
@@ -292,8 +302,118 @@ def test_two_collectors_at_once_do_not_work_on_one_span(memory, monkeypatch):
     assert len(spans) == len(set(spans))
 
 
-def test_kept_headers_of_a_namespace_go_with_it(memory):
+def test_the_index_of_a_namespace_goes_a_day_after_it():
+    objects = {}
+    memory = Bucket(lambda: MemoryBackend(objects))
     memory.fill(chain(1))
     memory.collect()
+    assert memory.collect().namespaces == [NAMESPACE.name]
+    assert memory.names(snapshots_folder(PREFIX))
+    make_older(objects, 86_500.0)
     memory.collect()
-    assert memory.names(headers_name(PREFIX, NAMESPACE.name, "")) == []
+    assert memory.names(snapshots_folder(PREFIX)) == []
+
+
+def log_of(keys, objects, *, version=None, parent=None) -> dict[str, bytes]:
+    """A log that tells of chunks as the node does that stored them, or otherwise."""
+    records = []
+    for key in keys:
+        name = object_name(PREFIX, key, SHARD)
+        told = version_of(objects[name].etag) if version is None else version
+        above = key.parent if parent is None else parent
+        records.append(StoredRecord(key.hash, above, told, key.depth, 8, len(objects[name].data)))
+    return {log_folder(PREFIX, PLACE) + log_file(time.time(), "0" * 16, 1, "stored"): seal_stored(records)}
+
+
+def test_a_header_of_a_chunk_that_the_log_tells_of_is_not_read():
+    objects = {}
+    memory = Bucket(lambda: MemoryBackend(objects))
+    keys = chain(5)
+    memory.fill(keys)
+    memory.put(log_of(keys[:4], objects))
+    look = memory.look()
+    assert (look.inventory.headers_read, len(look.plan.rows)) == (1, 5)
+    depths = dict(zip(map(bytes, look.inventory.chunks.hash), look.inventory.chunks.depth, strict=True))
+    assert depths == {key.hash: key.depth for key in keys}
+
+
+def test_p6_what_the_log_tells_of_another_version_of_an_object_is_not_believed():
+    objects = {}
+    memory = Bucket(lambda: MemoryBackend(objects))
+    keys = chain(3)
+    chunks = memory.fill(keys)
+    memory.put(log_of(keys, objects))
+    memory.put({chunks[1]: b"something else"})
+    look = memory.look()
+    assert (look.inventory.headers_read, look.inventory.damaged) == (1, 1)
+
+
+@pytest.mark.parametrize("version", [UNKNOWN_VERSION, 12345])
+def test_p6_a_header_is_read_where_the_log_does_not_know_the_version(version):
+    objects = {}
+    memory = Bucket(lambda: MemoryBackend(objects))
+    keys = chain(3)
+    memory.fill(keys)
+    memory.put(log_of(keys, objects, version=version, parent=bytes(32)))
+    look = memory.look()
+    assert look.inventory.headers_read == 3
+    assert {bytes(each) for each in look.inventory.chunks.parent} == {key.parent for key in keys}
+
+
+def test_loads_that_were_logged_count_as_use_and_are_remembered_without_the_log():
+    objects = {}
+    memory = Bucket(lambda: MemoryBackend(objects))
+    keys, policy = chain(4), Policy(max_idle_s=7200.0, grace_s=3600.0)
+    memory.fill(keys)
+    make_older(objects, 10 * 3600.0)
+    touched = seal_touched([key.hash for key in keys[:2]])
+    file = log_file(time.time(), "0" * 16, 1, "touched")
+    memory.put({log_folder(PREFIX, PLACE) + file: touched})
+    make_older(objects, 100.0)
+    for _ in range(3):
+        report = memory.collect(policy)
+        assert (report.marked_objects + report.waiting_objects, report.look.plan.young) == (2, 2)
+        chunks = report.look.inventory.chunks
+        assert sorted(chunks.touches.tolist()) == [0, 0, 1, 1]
+        for name in memory.names(log_folder(PREFIX)):
+            del objects[name]
+
+
+def test_old_snapshots_and_what_they_cover_of_the_log_go():
+    objects = {}
+    memory = Bucket(lambda: MemoryBackend(objects))
+    keys = chain(2)
+    memory.fill(keys)
+    memory.put(log_of(keys, objects))
+    keep = Policy()
+    memory.collect(keep)
+    first = memory.names(snapshots_folder(PREFIX))
+    make_older(objects, 7200.0)
+    memory.fill(chain(3))
+    memory.collect(keep)
+    # Nodes may be loading the first one, but whoever is reads on in a log that has been covered for long.
+    assert set(first) < set(memory.names(snapshots_folder(PREFIX)))
+    assert memory.names(log_folder(PREFIX)) == []
+    make_older(objects, 7200.0)
+    memory.collect(keep)
+    left = memory.names(snapshots_folder(PREFIX))
+    assert left
+    assert not set(first) & set(left)
+
+
+def test_losing_the_whole_index_changes_no_plan():
+    objects = {}
+    memory = Bucket(lambda: MemoryBackend(objects))
+    memory.fill([*chain(4), *chain(3, first_token=1000)])
+    policy = replace(EVERYTHING, max_share=0.5)
+    with_index = [memory.look(policy) for _ in range(2)]
+    for name in [*memory.names(snapshots_folder(PREFIX)), *memory.names(log_folder(PREFIX))]:
+        del objects[name]
+    without = memory.look(policy)
+    assert len(without.plan.rows) == 3
+    for look in with_index:
+        assert going(look) == going(without)
+
+
+def going(look) -> list[bytes]:
+    return [bytes(look.inventory.chunks.hash[row]) for row in look.plan.rows]

@@ -33,6 +33,7 @@ from samples import CANARY, FORM, PATIENCE_S, PREFIX, name_of
 from kvstore.arena import whole_pages
 from kvstore.failpoints import Failpoint
 from kvstore.handles import Durability, SaveOutcome
+from kvstore.index.names import parse_log
 from kvstore.keys import ChunkKey
 
 EXAMPLES = int(os.environ.get("STATEFUL_EXAMPLES", "0"))
@@ -324,6 +325,8 @@ class StoreMachine(RuleBasedStateMachine):
         for path in self.bucket.rglob("*"):
             name = str(path.relative_to(self.bucket))
             if path.is_dir() or name.startswith(".tmp/") or name == NAMESPACE_DOCUMENT:
+                continue
+            if parse_log(PREFIX, name) is not None:
                 continue
             assert name in NAMES, "an object that nobody saved"
             key = NAMES[name]

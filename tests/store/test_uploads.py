@@ -54,8 +54,12 @@ from kvstore.disk.pending import PendingName
 from kvstore.disk.tier import DiskTier
 from kvstore.errors import MisconfiguredError, RetryableError
 from kvstore.failpoints import Failpoint
+from kvstore.gc.pace import Pace
 from kvstore.gc.watch import MarkWatch
 from kvstore.handles import Durability, FlushReport
+from kvstore.index.bucket import IndexBucket
+from kvstore.index.log import IndexLog, StoreTime
+from kvstore.index.snapshot import in_place
 from kvstore.layout import ChunkForm
 from kvstore.metrics import Metrics
 from kvstore.presence import Presence
@@ -152,7 +156,12 @@ def test_p8_an_object_said_to_be_there_and_not_to_be_read_is_sent_again_with_pau
         warn, presence = WarnRarely(kvstore.assembly._log), Presence(60.0)
         guarded = GuardedBackend(backend, "probe", metrics=metrics, warn=warn)
         watch = MarkWatch(guarded, PREFIX, FORM.shard, presence, warn)
-        uploader = Uploader(guarded, PREFIX, presence, watch, retries=Retries(), on_retry=lambda: None)
+        retries = Retries()
+        bucket = IndexBucket(guarded, PREFIX, Pace(100, 8, retries))
+        log = IndexLog(
+            bucket, FORM.shard, 9, StoreTime(guarded), meter=metrics.index_meter, warn=warn, work=in_place
+        )
+        uploader = Uploader(guarded, PREFIX, presence, watch, log, retries=retries, on_retry=lambda: None)
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(60.0):
                 await uploader.put(ONE.keys[0], FORM.shard, [bytes(FORM.raw_bytes)], FORM.header_bytes)

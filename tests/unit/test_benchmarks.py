@@ -30,11 +30,23 @@ SMALL = {
     "disk_tier": ["--chunks=1", "--rounds=1", "--entries=5000"],
     "write_path": ["--quick", "--without", "obstore"],
     "codecs": ["--made-up", "--sections=2", "--rounds=1"],
-    "gc": ["--objects", "1000", "20000"],
+    "gc": ["--objects", "1000", "20000", "--snapshot-chunks=3000"],
 }
 FIELDS = {
     "roundtrip": {"machine", "chunks", "chunk_bytes", "cases"},
-    "gc": {"machine", "objects", "plan_s", "peak_rss_bytes", "growth_exponent", "sizes"},
+    "gc": {
+        "machine",
+        "objects",
+        "plan_s",
+        "peak_rss_bytes",
+        "growth_exponent",
+        "sizes",
+        "snapshot_chunks",
+        "snapshot_load_1m_s",
+        "snapshot_1m_bytes",
+        "snapshot_1m_peak_bytes",
+        "snapshot_1m_known_bytes",
+    },
     "overhead": {"machine", "us_per_section"},
     "lookup": {
         "machine",

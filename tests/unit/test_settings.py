@@ -106,6 +106,7 @@ MALFORMED = {
     "price_gb_month": ["-1", "nan", "$0.023"],
     "price_per_1000_put": ["-1", "cheap"],
     "price_per_1000_get": ["inf", "free"],
+    "index_bytes": ["-1", "64 megs"],
     "gc_max_bytes": ["0B", "1000000", "10 tons", "-1GiB"],
     "gc_max_namespace_bytes": ["1000000", "lots"],
     "gc_max_tenant_bytes": ["1000000", "lots"],

@@ -34,6 +34,29 @@ def ls(
 
 @app.command(rich_help_panel=_PANEL)
 @node_command
+def index(
+    call: Call,
+    namespace: Annotated[
+        str, typer.Option(metavar="NAMESPACE", help="That of this one alone: 16 hex digits, as `ls` has them")
+    ] = "",
+    compact: Annotated[  # noqa: FBT002 typer makes an option of it
+        bool, typer.Option("--compact", help="Write new snapshots from those there are and the logs since")
+    ] = False,
+    rebuild: Annotated[  # noqa: FBT002 as above
+        bool, typer.Option("--rebuild", help="Write new snapshots from a listing of every chunk")
+    ] = False,
+) -> ExitCode:
+    """What nodes learn from about what is stored: snapshots, and logs since, by namespace and shard.
+
+    `kvstore gc --apply` rebuilds it, too. It can be lost without losing anything but speed and recency.
+    """
+    from kvstore.cli.index import Request, work_on_index
+
+    return work_on_index(call, Request(namespace, compact=compact, rebuild=rebuild))
+
+
+@app.command(rich_help_panel=_PANEL)
+@node_command
 def show(
     call: Call,
     key: Annotated[

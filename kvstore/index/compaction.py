@@ -1,0 +1,161 @@
+"""Compaction: what a snapshot and the log since then tell becomes the next snapshot. No chunk is listed."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kvstore.backends.contract import ObjectInfo
+from kvstore.index.bucket import IndexBucket, RefusedIndexError
+from kvstore.index.columns import Rows
+from kvstore.index.log_objects import list_logs, read_stored, read_touched
+from kvstore.index.names import (
+    MANIFEST,
+    STORED,
+    Place,
+    SnapshotName,
+    parse_log,
+    parse_snapshot,
+    snapshots_folder,
+)
+from kvstore.index.rows import ROWS, Touched, merged, note_touched
+from kvstore.index.snapshot import Snapshot, newest_snapshot, read_snapshot, snapshots, write_snapshot
+
+_log = logging.getLogger("kvstore.index")
+# What was put before a snapshot began to look may be seen later, by requests that were under way.
+SLACK_S = 300.0
+# Whoever loads a snapshot, or follows a log, is done with what a newer one replaces by then.
+MARGIN_S = 3600.0
+# Of generations and logs that nobody goes on with.
+ABANDONED_S = 86_400.0
+
+
+@dataclass(frozen=True)
+class Told:
+    """All that a place's index tells.
+
+    rows      sorted by hash, from the snapshot and from what a log tells of chunks stored since
+    touched   what it tells of loads since, of these chunks or others, that is not in the rows
+    snapshot  what they began with, if there is one
+    news      whether the log had anything to add
+    """
+
+    rows: Rows
+    touched: list[Touched]
+    snapshot: Snapshot | None
+    news: bool
+
+
+@dataclass
+class Kept:
+    """What lies in the bucket of one place's index: objects of snapshots, whole or not, and of the log."""
+
+    objects: list[tuple[SnapshotName, ObjectInfo]] = field(default_factory=list)
+    log: list[ObjectInfo] = field(default_factory=list)
+
+
+async def read_index(bucket: IndexBucket, place: Place, log: Iterable[ObjectInfo], through_s: float) -> Told:
+    """What the newest snapshot and the log tell. What is damaged counts as absent, and is warned of.
+
+    through_s  of loads only those that were told of before then: the next one's are told from then on
+    """
+    rows, found = np.empty(0, ROWS), None
+    async for snapshot in snapshots(bucket, place):
+        try:
+            rows, found = await read_snapshot(bucket, snapshot), snapshot
+            break
+        except RefusedIndexError as error:
+            _log.warning("%s", error)
+    since_s = 0.0 if found is None else found.through_s
+    stored, touched = await _read_log(bucket, log, since_s, through_s)
+    return Told(merged(rows, stored), touched, found, bool(stored or touched))
+
+
+async def compact(bucket: IndexBucket, place: Place, log: Iterable[ObjectInfo], now_s: float) -> Snapshot:
+    """Write the next snapshot of a place from the one before and the log.
+
+    now_s  by the store's clock, before `log` was listed
+    """
+    told = await read_index(bucket, place, log, now_s)
+    note_touched(told.rows, told.touched)
+    return await write_snapshot(bucket, place, told.rows, now_s)
+
+
+async def survey(bucket: IndexBucket, namespace_name: str = "") -> dict[Place, Kept]:
+    """What lies in the bucket of the indexes of a namespace, or of all."""
+    places: defaultdict[Place, Kept] = defaultdict(Kept)
+    async for info in bucket.list(snapshots_folder(bucket.prefix, namespace_name)):
+        name = parse_snapshot(bucket.prefix, info.name)
+        if name is not None:
+            places[name.place].objects.append((name, info))
+    for place, log in (await list_logs(bucket, namespace_name)).items():
+        places[place].log = log
+    return {place: places[place] for place in sorted(places, key=str)}
+
+
+async def remove_covered(
+    bucket: IndexBucket, now_s: float, *, only: str = "", namespaces: Collection[str] | None = None
+) -> int:
+    """Remove what newer snapshots make needless; how many objects that were.
+
+    only        the name of one namespace; empty for all
+    namespaces  names of all that there are: logs and snapshots of others are removed after a day
+    """
+    names: list[str] = []
+    for place, kept in (await survey(bucket, only)).items():
+        if namespaces is not None and place.namespace_name not in namespaces:
+            all_of_it = [*kept.log, *(info for _, info in kept.objects)]
+            names += [info.name for info in all_of_it if now_s - info.modified_s > ABANDONED_S]
+            continue
+        newest = await newest_snapshot(bucket, place)
+        if newest is not None:
+            names += needless(newest, kept, now_s)
+    await bucket.remove(names)
+    return len(names)
+
+
+def needless(newest: Snapshot, kept: Kept, now_s: float) -> list[str]:
+    """Names of what `newest`, the newest snapshot of a place that can be read, makes needless."""
+    whole = {name.generation: info for name, info in kept.objects if name.file == MANIFEST}
+    since_s = whole[newest.generation].modified_s if newest.generation in whole else now_s
+    margin_s = {True: MARGIN_S, False: ABANDONED_S}
+    return [
+        info.name
+        for name, info in kept.objects
+        if name.generation < newest.generation
+        and now_s - max(since_s, info.modified_s) > margin_s[name.generation in whole]
+    ] + [info.name for info in kept.log if info.modified_s < newest.through_s - MARGIN_S]
+
+
+async def read_indexes(bucket: IndexBucket, namespace_name: str, now_s: float) -> dict[Place, Told]:
+    """What the indexes of all shards of a namespace tell; see `read_index`."""
+    places = await survey(bucket, namespace_name)
+    return {place: await read_index(bucket, place, kept.log, now_s) for place, kept in places.items()}
+
+
+async def _read_log(
+    bucket: IndexBucket, log: Iterable[ObjectInfo], since_s: float, through_s: float
+) -> tuple[list[Rows], list[Touched]]:
+    """What a log tells that a snapshot of `since_s` does not, the oldest first."""
+    stored: dict[str, Rows] = {}
+    touched: list[Touched] = []
+
+    async def read(info: ObjectInfo) -> None:
+        name = parse_log(bucket.prefix, info.name)
+        try:
+            if name is not None and name.kind == STORED:
+                if info.modified_s >= since_s - SLACK_S:
+                    stored[info.name] = await read_stored(bucket, info)
+            # Each is counted by one snapshot.
+            elif since_s <= info.modified_s < through_s:
+                touched.append(await read_touched(bucket, info))
+        except RefusedIndexError as error:
+            _log.warning("%s", error)
+
+    infos = sorted(log, key=lambda info: info.modified_s)
+    await bucket.pace.for_all(infos, read)
+    return [stored[info.name] for info in infos if info.name in stored], touched
