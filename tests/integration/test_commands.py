@@ -31,11 +31,11 @@ def client(rgw, monkeypatch, tmp_path):
 
 @pytest.fixture
 def names(client, rgw):
-    """What there is under the prefix, but for what collections keep of headers."""
+    """What there is under the prefix, but for the index, which commands write as they go."""
 
     def listed() -> set[str]:
         found = client.list_objects_v2(Bucket=rgw.bucket, Prefix=f"{PREFIX}/").get("Contents", ())
-        return {each["Key"] for each in found if "/gc/headers/" not in each["Key"]}
+        return {each["Key"] for each in found if "/_index/" not in each["Key"]}
 
     return listed
 
