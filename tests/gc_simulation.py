@@ -214,6 +214,8 @@ class Node:
         self._tally = tally
         self._source = source
         self._saves = saves
+        # What collectors must not do does not hang on the index's log.
+        self._logs = source.random() < 0.5
         warn = WarnRarely(_LOG)
         guarded = GuardedBackend(self.connection, "probe", metrics=_METRICS, warn=warn)
         self._backend = guarded
@@ -285,7 +287,8 @@ class Node:
         for key in keys[:found]:
             if not await self._load(key):
                 break
-            self._log.note_touched([key])
+            if self._logs:
+                self._log.note_touched([key])
         # The model computes.
         await asyncio.sleep(self._source.uniform(0, 20))
         if self._saves:

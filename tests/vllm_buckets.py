@@ -10,6 +10,7 @@ import pytest
 from aws_credentials import use_test_credentials
 from vllm_engines import transfer_config
 
+from kvstore.keys import format_folder
 from localstack.contract import REGION, Store
 
 PATIENCE_S = 60.0
@@ -47,7 +48,7 @@ class EngineBucket:
             aws_access_key_id=self._store.access_key,
             aws_secret_access_key=self._store.secret_key,
         )
-        listing = client.list_objects_v2(Bucket=self._store.bucket, Prefix=f"{self._prefix}/")
+        listing = client.list_objects_v2(Bucket=self._store.bucket, Prefix=format_folder(self._prefix))
         return sum(not each["Key"].endswith(".json") for each in listing.get("Contents", ()))
 
     def wait_until_holds(self, chunks: int) -> None:

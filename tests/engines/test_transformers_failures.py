@@ -149,7 +149,10 @@ def test_a_prefill_that_does_not_go_on_from_its_cache_is_done_again_without(obje
         assert attachment.last.bypass is BypassReason.UNKNOWN_PREFILL
         assert attachment.last.reused_tokens == 0
     assert same_bits(warm.logits, cold.logits)
-    assert objects == stored
+    # The log may tell that the first chunks were loaded.
+    assert {name: found for name, found in objects.items() if name.startswith("v1/")} == {
+        name: found for name, found in stored.items() if name.startswith("v1/")
+    }
     assert "computed again" in caplog.text
 
 

@@ -20,6 +20,7 @@ from torture.limits import kills, kills_seed
 from kvstore.backends.contract import ABSENT
 from kvstore.backends.opening import open_backend
 from kvstore.failpoints import Failpoint
+from kvstore.keys import format_folder
 from localstack.moto import moto_server
 
 KILLS = kills()
@@ -44,7 +45,7 @@ class S3Scene(Scene):
         backend = open_backend(settings_of(**self.settings))
         found = {}
         try:
-            async for info in backend.list(f"{self.settings['prefix']}/"):
+            async for info in backend.list(format_folder(self.settings["prefix"])):
                 data = memoryview(bytearray(info.object_bytes))
                 assert await backend.read_into(info.name, 0, data) is not ABSENT
                 found[info.name] = bytes(data)
