@@ -17,6 +17,7 @@ from kvstore.backlog import Backlog, BacklogLimits
 from kvstore.breaker import Breaker
 from kvstore.chunk_fetch import ChunkFetcher
 from kvstore.chunk_flight import ChunkFlights, DiskSource, ReadTiers
+from kvstore.chunk_saver import JOURNAL_PLACES, DiskParts, QueueLimits
 from kvstore.chunk_writer import ChunkWriter
 from kvstore.codecs.section_codecs import SectionCodecs
 from kvstore.disk.pending import Destination
@@ -42,7 +43,7 @@ from kvstore.retries import Retries
 from kvstore.settings import Settings
 from kvstore.uploader import Uploader
 from kvstore.warn import BACKEND_TROUBLE, WarnRarely
-from kvstore.write_behind import JOURNAL_PLACES, DiskParts, QueueLimits, WriteBehind
+from kvstore.write_behind import WriteBehind
 
 _log = logging.getLogger("kvstore")
 SLOTS_MIN = 2

@@ -9,12 +9,10 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, Self, TypeVar
+from typing import Any, Generic, Literal, Self, TypeVar
 
 import platformdirs
 from pydantic import (
-    AfterValidator,
-    BeforeValidator,
     ByteSize,
     Field,
     SecretStr,
@@ -28,101 +26,36 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from kvstore.bucket import check_bucket
 from kvstore.errors import MisconfiguredError
-from kvstore.gc.policy import GRACE_S_MIN
 from kvstore.handles import Durability
 from kvstore.masking import without_user
-from kvstore.metrics_place import MetricsPlace
-from kvstore.quantities import seconds_of, size_text_of, size_with_unit
+from kvstore.setting_types import (
+    BucketName,
+    Bytes,
+    BytesLimit,
+    BytesOrNone,
+    CodecName,
+    Count,
+    Dollars,
+    DurationLimit,
+    Endpoint,
+    FilePath,
+    FolderPath,
+    Grace,
+    LayerNumbers,
+    MetricsPort,
+    Prefix,
+    RequestsPerS,
+    Salt,
+    Seconds,
+    Share,
+    Tokens,
+)
 
 ENV_PREFIX = "KVSTORE_"
 CONFIG_VARIABLE = "KVSTORE_CONFIG"
 _ADAPTERS = Path(__file__).parent / "engine_adapters"
 _log = logging.getLogger("kvstore.settings")
-
-
-def _check_prefix(value: str) -> str:
-    if value != value.strip("/") or "//" in value or any(part in (".", "..") for part in value.split("/")):
-        raise ValueError("has an empty, '.' or '..' folder, or a slash at an end")
-    return value
-
-
-def _check_endpoint(value: str) -> str:
-    if value and not value.startswith(("http://", "https://")):
-        raise ValueError("does not begin with http:// or https://")
-    return value
-
-
-def _check_folder(value: str) -> str:
-    if value and (not Path(value).is_absolute() or "\0" in value):
-        raise ValueError("is no absolute path")
-    return value
-
-
-def _check_file(value: str) -> str:
-    if value and not Path(value).is_file():
-        raise ValueError("is no file")
-    return value
-
-
-def _check_codec(value: str) -> str:
-    from kvstore.codecs.registry import split_codec
-
-    try:
-        split_codec(value)
-    except MisconfiguredError as error:
-        raise ValueError(str(error)) from None
-    return value
-
-
-def _check_lossless_layers(value: str) -> str:
-    from kvstore.codecs.section_codecs import check_lossless_layers
-
-    check_lossless_layers(value)
-    return value
-
-
-def _check_salt(value: SecretStr) -> SecretStr:
-    try:
-        value.get_secret_value().encode()
-    except UnicodeEncodeError:
-        raise ValueError("is not valid Unicode text") from None
-    return value
-
-
-def _no_bool(value: object) -> object:
-    # A TOML `true` would pass as the number 1.
-    if isinstance(value, bool):
-        raise ValueError("is a truth value, not a number")  # noqa: TRY004 pydantic reads ValueError
-    return value
-
-
-def _port_text(value: object) -> object:
-    # A number in the file is as good as text in the environment.
-    return str(value) if type(value) is int else value
-
-
-def _check_metrics_port(value: str) -> str:
-    MetricsPlace.parse(value)
-    return value
-
-
-def _check_grace(value: object) -> object:
-    seconds = seconds_of(value)
-    if isinstance(seconds, float) and seconds < GRACE_S_MIN:
-        raise ValueError(f"is less than the {GRACE_S_MIN / 60:g} min that nodes need to say what they use")
-    return seconds
-
-
-Bytes = Annotated[ByteSize, BeforeValidator(size_text_of), BeforeValidator(_no_bool), Field(gt=0)]
-BytesOrNone = Annotated[ByteSize, BeforeValidator(size_text_of), BeforeValidator(_no_bool), Field(ge=0)]
-BytesLimit = Annotated[Annotated[ByteSize, Field(gt=0)] | None, BeforeValidator(size_with_unit)]
-DurationLimit = Annotated[float | None, BeforeValidator(seconds_of)]
-Grace = Annotated[float, BeforeValidator(_check_grace)]
-Seconds = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, le=86_400, allow_inf_nan=False)]
-Dollars = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, le=1e6, allow_inf_nan=False)]
-Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1, le=4096)]
 
 
 class Settings(BaseSettings):
@@ -138,14 +71,12 @@ class Settings(BaseSettings):
         env_prefix=ENV_PREFIX, env_ignore_empty=True, frozen=True, extra="forbid", validate_default=True
     )
 
-    bucket: Annotated[str, AfterValidator(check_bucket)] = Field(
+    bucket: BucketName = Field(
         default_factory=lambda: Path(platformdirs.user_cache_dir("kvstore"), "store").as_uri(),
         description="an S3 bucket name, file:///folder, or memory://",
     )
-    prefix: Annotated[str, AfterValidator(_check_prefix)] = Field(
-        "kvstore", description="a folder inside the bucket, such as team/kv"
-    )
-    endpoint_url: Annotated[str, AfterValidator(_check_endpoint)] = Field(
+    prefix: Prefix = Field("kvstore", description="a folder inside the bucket, such as team/kv")
+    endpoint_url: Endpoint = Field(
         "", description="URL of an S3-compatible server, such as http://127.0.0.1:9000; empty for AWS"
     )
     region: str = Field(
@@ -157,14 +88,14 @@ class Settings(BaseSettings):
     s3_transport: Literal["socket", "aiobotocore"] = Field(
         "socket", description="socket or aiobotocore: what moves objects to and from S3"
     )
-    ca_bundle: Annotated[str, AfterValidator(_check_file)] = Field(
+    ca_bundle: FilePath = Field(
         "",
         description="a file of certificate authorities for https; empty for AWS_CA_BUNDLE's or the system's",
     )
     memory_bytes: Bytes = Field(
         ByteSize(1 << 30), description="a size such as 512MiB or 8GiB: host memory that keeps chunks"
     )
-    disk_dir: Annotated[str, AfterValidator(_check_folder)] = Field(
+    disk_dir: FolderPath = Field(
         "",
         description="an absolute path of a folder on a local disk that keeps chunks; empty for no disk tier",
     )
@@ -175,16 +106,16 @@ class Settings(BaseSettings):
         ByteSize(16 << 30),
         description="a size such as 16GiB: what chunks yet to be uploaded may take in KVSTORE_DISK_DIR",
     )
-    codec: Annotated[str, AfterValidator(_check_codec)] = Field(
+    codec: CodecName = Field(
         "none",
         description="none, lz4, zstd, zstd:LEVEL, planes+zstd (for floats) or another that `kvstore codecs` "
         "lists: how sections are compressed when saved; int8, int4 and fp8 change numbers, within bounds",
     )
-    lossless_layers: Annotated[str, AfterValidator(_check_lossless_layers)] = Field(
+    lossless_layers: LayerNumbers = Field(
         "",
         description="layer numbers such as 0,1,-1 (the last), which int8, int4 and fp8 leave as they are",
     )
-    chunk_tokens: Annotated[int, BeforeValidator(_no_bool), Field(ge=1, le=1 << 20)] = Field(
+    chunk_tokens: Tokens = Field(
         256, description="tokens of one stored chunk, a whole number of the engine's pages"
     )
     weights_revision: str = Field(
@@ -192,7 +123,7 @@ class Settings(BaseSettings):
         description="a name for the exact weights that vLLM serves, such as a commit; empty where its "
         "adapter is to find it out",
     )
-    tenant_salt: Annotated[SecretStr, AfterValidator(_check_salt)] = Field(
+    tenant_salt: Salt = Field(
         SecretStr(""), description="a secret text; tenants with different salts never share chunks"
     )
     durability: Durability = Field(
@@ -229,7 +160,7 @@ class Settings(BaseSettings):
     upload_queue_bytes: Bytes = Field(
         ByteSize(1 << 29), description="a size such as 512MiB: saved chunks that may wait for upload"
     )
-    metrics_port: Annotated[str, AfterValidator(_check_metrics_port), BeforeValidator(_port_text)] = Field(
+    metrics_port: MetricsPort = Field(
         "",
         description="a port such as 9464, or a range such as 9464-9471 with one for each store of this "
         "machine, also as ADDRESS:9464: where Prometheus gets metrics; empty or 0: nowhere",
@@ -264,11 +195,11 @@ class Settings(BaseSettings):
         description="a time such as 6h, 30min or more: what was stored or used so lately stays, and so long "
         "lies between mark and sweep",
     )
-    gc_max_share: Annotated[float, BeforeValidator(_no_bool), Field(gt=0, le=1, allow_inf_nan=False)] = Field(
+    gc_max_share: Share = Field(
         0.25,
         description="a number above 0, up to 1: the share of chunks and bytes that one run marks at most",
     )
-    gc_requests_per_s: Annotated[float, BeforeValidator(_no_bool), Field(ge=1, le=100_000)] = Field(
+    gc_requests_per_s: RequestsPerS = Field(
         500.0, description="requests a second that `kvstore gc`, verify and the like make at most"
     )
 

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from node_process import Prompt, content
 from samples import FORM, LAYOUT, Pages
 
-import kvstore.settings
+import kvstore.setting_types
 from kvstore.cli.main import app
 from kvstore.gc import collector, lease, pins, watch
 from kvstore.handles import Durability, SaveOutcome
@@ -37,7 +37,7 @@ SLACK_S = 2.0
 
 def hurry() -> None:
     """Let a minute of the protocol between nodes and collectors be half a second."""
-    kvstore.settings.GRACE_S_MIN = 1.0
+    kvstore.setting_types.GRACE_S_MIN = 1.0
     for module in (watch, collector, lease, pins):
         for name in (
             "WATCH_S",

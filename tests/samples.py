@@ -381,7 +381,7 @@ def assert_no_slot_lost(store: KVStore) -> None:
     store._parts.writes.wait_idle(PATIENCE_S)
     settle(store)
     fetcher = store._parts.reads.flights._tiers.fetcher
-    for arena in (fetcher.scratch, fetcher.transit, store._parts.writes._writer.buffers):
+    for arena in (fetcher.scratch, fetcher.transit, store._parts.writes._saver._writer.buffers):
         assert arena.free == arena.slots
     store._parts.memory.clear()
     assert store._parts.memory.arena.free == store._parts.memory.arena.slots

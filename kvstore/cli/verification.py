@@ -27,7 +27,8 @@ from kvstore.disk.pending import Destination
 from kvstore.errors import MisconfiguredError
 from kvstore.gc.pace import Pace
 from kvstore.retries import Retries
-from kvstore.settings import BytesLimit, Settings, resolve_settings
+from kvstore.setting_types import BytesLimit
+from kvstore.settings import Settings, resolve_settings
 from kvstore.upkeep.disk import DiskCheck, DiskScope
 from kvstore.upkeep.findings import MEANINGS, NOTES, Finding
 from kvstore.upkeep.ledger import Ledger, Tally

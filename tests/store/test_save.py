@@ -142,7 +142,7 @@ def test_a_failing_backend_fails_the_save_warns_once_and_a_later_save_succeeds(o
     settle(store)
     backend.when("put", error, name=".0-3")
     if isinstance(error, OSError):
-        caplog.set_level(logging.CRITICAL, "kvstore.write_behind")
+        caplog.set_level(logging.CRITICAL, "kvstore.chunk_saver")
     assert save(store) == dict.fromkeys(range(4), SaveOutcome.FAILED)
     assert len(caplog.records) == (0 if isinstance(error, OSError) else 1)
     assert store.metrics.value("kvstore_saved_chunks_total", outcome="failed") == 4
@@ -379,8 +379,8 @@ def soil(store):
     """Fill every slot with what might be another's data."""
     slots = [store._parts.memory.arena.try_acquire() for _ in range(store._parts.memory.arena.slots)]
     slots += [
-        store._parts.writes._writer.buffers.try_acquire()
-        for _ in range(store._parts.writes._writer.buffers.slots)
+        store._parts.writes._saver._writer.buffers.try_acquire()
+        for _ in range(store._parts.writes._saver._writer.buffers.slots)
     ]
     for slot in slots:
         slot.memory[:] = b"\xdd" * len(slot.memory)

@@ -368,7 +368,7 @@ def test_p7_an_object_whose_answer_was_lost_before_the_backend_was_switched_off_
     backend.put = remember
     backend.when("put", answer_is_lost, name=".0-", times=1)
     handle = save(store, Durability.REMOTE)
-    wait_until(lambda: store._parts.breaker.off and not store._parts.writes._places.locked())
+    wait_until(lambda: store._parts.breaker.off and not store._parts.writes._saver._places.locked())
     backend.forget()
     assert handle.wait(PATIENCE_S) == {0: STORED}
     assert steps[Failpoint.SEALED] == 2
