@@ -68,6 +68,11 @@ def fill(model, objects, ids, *, weights_revision=None, **options):
         return attachment.last
 
 
+def chunks_in(objects) -> set[str]:
+    """Names of chunks, without what else a store writes down."""
+    return {name for name in objects if name.startswith("v1/") and not name.endswith("namespace.json")}
+
+
 def same_bits(one, other) -> bool:
     return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
