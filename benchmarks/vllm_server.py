@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[1]
 READY_S = 240.0
 # GiB of KV cache; and nothing outside of this machine is asked for.
 _DEFAULTS = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
@@ -94,7 +95,8 @@ def vllm_server(
         *arguments,
         *(() if config is None else ("--kv-transfer-config", json.dumps(config))),
     ]
-    environment = _DEFAULTS | os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    # Its script's folder, and not this one, is first on its path: it would run what is installed.
+    environment = _DEFAULTS | os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "PYTHONPATH": str(ROOT)}
     if cores is not None:
         environment["VLLM_CPU_OMP_THREADS_BIND"] = cores
     with log.open("w") as output:

@@ -118,6 +118,9 @@ def test_p3_s3_goes_and_comes_back_within_a_servers_life(asking, s3, bucket):
 
 
 def test_clients_that_leave_while_their_kv_is_loaded_leave_no_blocks_taken(asking, server, s3, right):
+    # It may be down yet, if no test came before.
+    s3.refuse()
+    s3.listen()
     asking.ask_until_one_is_loaded()
     s3.inject(late(2.5), "GET")
     for prompt in LEAVING:
