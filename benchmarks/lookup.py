@@ -4,9 +4,11 @@ The backend has an object of every chunk's name and answers after the latency, h
 at once. Round trips are the depth of requests that had to wait for one another: a request's depth
 is one more than that of the deepest one that had ended when it began.
 
-cold     a store that knows nothing; all chunks are there
-half     a store that knows nothing; the first half of the chunks is there (and nothing behind it)
+first    a store that has looked up nothing, and looks for an index, which is not there; all chunks are
+cold     a store that knows none of these chunks; all are there
+half     a store that knows none of these chunks; the first half is there (and nothing behind it)
 grown    a store that has looked up the first half before, of which all are there
+indexed  a store that has looked up none of these chunks, and has an index; all are there
 warm     the same lookup again, within the time that sightings are trusted; no request
 
 JSON: machine; cold_512_20ms_s, cold_4096_20ms_s, round_trips_512, requests_512 (cold, 20 ms), warm_512_s
@@ -16,12 +18,15 @@ latency_s, case, seconds, round_trips, requests}. Medians over the rounds; count
 
 from __future__ import annotations
 
+import asyncio
 import statistics
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from time import perf_counter
+from time import perf_counter, time
 from typing import Any, Literal
+
+import numpy as np
 
 from benchmarks.command_line import add_rounds, parser_of
 from benchmarks.report import machine, print_result, say
@@ -29,7 +34,13 @@ from kvstore import DType, KVLayout, KVStore, Namespace, PrefixChain, load_setti
 from kvstore.backends.contract import Absent, ObjectInfo, ReadResult
 from kvstore.backends.memory import MemoryBackend, StoredObject
 from kvstore.backends.throttle import ThrottledBackend
+from kvstore.gc.pace import Pace
+from kvstore.index.bucket import IndexBucket
+from kvstore.index.names import Place
+from kvstore.index.rows import ROWS, hash_columns, sorted_rows
+from kvstore.index.snapshot import write_snapshot
 from kvstore.keys import object_name
+from kvstore.retries import Retries
 
 LAYOUT = KVLayout(
     layers=1, kv_heads=1, head_dim=1, dtype=DType.UINT8, page_form="mla", page_tokens=16, chunk_tokens=16
@@ -121,6 +132,16 @@ class Case:
         }
 
 
+async def _index(chain: PrefixChain) -> dict[str, StoredObject]:
+    """The objects of a snapshot of a chain."""
+    rows = np.zeros(len(chain), ROWS)
+    rows["hash"] = hash_columns(b"".join(key.hash for key in chain.keys))
+    objects: dict[str, StoredObject] = {}
+    bucket = IndexBucket(MemoryBackend(objects), SETTINGS.prefix, Pace(1e6, 8, Retries()))
+    await write_snapshot(bucket, Place(chain.namespace.name, LAYOUT.whole), sorted_rows(rows), time())
+    return objects
+
+
 class Chunks:
     """One chain, the names of its objects, and the cases that look it up."""
 
@@ -128,19 +149,25 @@ class Chunks:
         namespace = Namespace("lookup", "r1", LAYOUT, "none")
         self._chain = PrefixChain.of(namespace, range(chunks * LAYOUT.chunk_tokens))
         self._half = PrefixChain(namespace, self._chain.keys[: chunks // 2])
+        self._other = PrefixChain.of(namespace, [7] * LAYOUT.chunk_tokens)
         self._all_there = self._objects(self._chain)
+        self._indexed = self._all_there | asyncio.run(_index(self._chain))
         self._half_there = self._objects(self._half)
         self.cases = [case for latency_s in latencies_s for case in self._cases(chunks, latency_s)]
 
     def run(self) -> None:
         for case in self.cases:
-            case.run(self._chain, self._half_there if case.name == "half" else self._all_there)
+            there = {"half": self._half_there, "indexed": self._indexed}
+            # A store writes to its log.
+            case.run(self._chain, dict(there.get(case.name, self._all_there)))
 
     def _cases(self, chunks: int, latency_s: float) -> list[Case]:
         return [
-            Case(chunks, latency_s, "cold", chunks),
-            Case(chunks, latency_s, "half", chunks // 2),
+            Case(chunks, latency_s, "first", chunks),
+            Case(chunks, latency_s, "cold", chunks, self._other),
+            Case(chunks, latency_s, "half", chunks // 2, self._other),
             Case(chunks, latency_s, "grown", chunks, self._half),
+            Case(chunks, latency_s, "indexed", chunks, self._other),
             Case(chunks, latency_s, "warm", chunks, self._chain, WARM_LOOKUPS),
         ]
 

@@ -125,7 +125,10 @@ class Follower:
         from kvstore.index.known import KnownSet, base_for
         from kvstore.index.snapshot import newest_snapshot
 
-        snapshot = await newest_snapshot(self._bucket, place, self._refuse)
+        # The log is listed next, by the store's time: both take a while.
+        snapshot, _ = await asyncio.gather(
+            newest_snapshot(self._bucket, place, self._refuse), self._time.now_s()
+        )
         generation = "" if snapshot is None else snapshot.generation
         if followed.known is not None and generation in ("", followed.generation):
             return False
