@@ -88,6 +88,11 @@ class ChunkFinder:
         self._endpoint = MetricsEndpoint(MetricsPlace.parse(settings.metrics_port), self.metrics.registry)
         self._loop.submit(self._connect(no_object(settings.prefix)))
 
+    def prepare(self, namespace_name: str) -> None:
+        """Begin to learn what is stored under a namespace, so that the first lookup need not wait for it."""
+        for lookups in self._lookups:
+            self._loop.submit(lookups.prepare(namespace_name))
+
     def begin(self, keys: Sequence[ChunkKey]) -> Future[int]:
         """Begin to count the leading `keys` that are present; the count is there within the timeout
 

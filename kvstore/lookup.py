@@ -96,6 +96,11 @@ class Lookups:
             return self._result(keys, known, known.local, MissReason.UNREACHABLE)
         return self._result(keys, known, known.low, None) if known.low == known.high else None
 
+    async def prepare(self, namespace_name: str) -> None:
+        """Begin to learn what is stored under a namespace, without waiting for it."""
+        if self.follower is not None:
+            await self.follower.wait_loaded(namespace_name, 0.0)
+
     async def run(self, keys: Sequence[ChunkKey], timeout_s: float) -> LookupResult:
         """Count the leading keys that are present; never raises for trouble with the backend."""
         until_s = asyncio.get_running_loop().time() + timeout_s

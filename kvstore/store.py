@@ -117,6 +117,15 @@ class KVStore:
         except (TimeoutError, concurrent.futures.CancelledError):
             return False
 
+    def prepare(self, namespace: Namespace) -> None:
+        """Begin to learn what is stored under a namespace, for an engine's start. Returns at once.
+
+        The first lookup need not wait for that then. Raises as `chain` does.
+        """
+        self._check_open()
+        self._check_namespace(namespace)
+        self._loop.submit(self._parts.lookups.prepare(namespace.name))
+
     def describe(self, namespace: Namespace) -> None:
         """Say in the bucket what a namespace is, though nothing is saved under it yet. Returns at once.
 

@@ -77,6 +77,7 @@ def attach(
     namespace = dataclasses.replace(namespace, fidelity=used.fidelity)
     _log.info("%s", namespace_words(namespace))
     used.describe(namespace)
+    used.prepare(namespace)
     copier = page_copier(used.form, geometry.devices, used.tensor_codec)
     attached = AttachedModel(model, geometry, weights, namespace, used, copier, WarnRarely(_log))
     return Attachment(attached, owns_store=store is None)

@@ -268,6 +268,7 @@ def _scheduler_side(vllm_config: Any, settings: EngineSettings, geometry: Geomet
     try:
         namespaces = _namespaces(vllm_config, settings, geometry, finder.fidelity)
         _start_log.info("%s", namespace_words(namespaces.base))
+        finder.prepare(namespaces.base.name)
         return SchedulerSide(
             namespaces,
             finder,

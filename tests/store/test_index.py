@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 
 import pytest
+from journal_samples import wait_until
 from moto_buckets import moto_bucket, moto_url
 from samples import FORM, PATIENCE_S, PREFIX, Pages, ScriptedBackend, chain_of, name_of, store_of
 
@@ -83,6 +84,18 @@ def test_a_cold_node_knows_512_chunks_without_asking_for_one(filled, opened, wha
     before = len(backend.calls)
     assert store.lookup(CHAIN) == result
     assert len(backend.calls) == before
+
+
+def test_a_prepared_store_has_looked_for_the_index_before_its_first_lookup(opened):
+    backend = ScriptedBackend()
+    store = opened(backend)
+    assert store.wait_connected(PATIENCE_S)
+    store.prepare(CHAIN.namespace)
+    wait_until(lambda: store.metrics.value("kvstore_index_loads_total", outcome="absent") == 1)
+    wait_until(lambda: backend.count("list", log_folder(PREFIX)) == 1)
+    before = len(backend.calls)
+    assert store.lookup(SMALL).chunks == 0
+    assert {call.operation for call in backend.calls[before:]} == {"head"}
 
 
 def test_a_prompt_that_nobody_has_seen_costs_one_request(filled, opened):
