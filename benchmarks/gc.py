@@ -9,7 +9,8 @@ JSON: machine; objects, plan_s, peak_rss_bytes (of the largest size), growth_exp
 the smallest size to the largest: 1 is linear); `sizes`: a list of {objects, plan_s, peak_rss_bytes, goes};
 snapshot_chunks, snapshot_load_1m_s, snapshot_1m_bytes (of its objects, of which a node reads a part),
 snapshot_1m_peak_bytes (how far the load raises the process's memory at most), snapshot_1m_known_bytes (what
-is left of that).
+is left of that); listing_objects, listing_objects_per_s, listing_cpu_s_per_million (of this process), where
+any are to be listed: on a Ceph RGW of this machine, which is installed if it is missing.
 """
 
 from __future__ import annotations
@@ -102,6 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = parser_of(prog="make bench NAME=gc", description=__doc__)
     add_numbers(parser, "--objects", SIZES, "how many objects there are, one size after the other")
     add_number(parser, "--snapshot-chunks", 1_000_000, "how many chunks the snapshot has that is loaded")
+    add_number(parser, "--listed-objects", 20_000, "how many objects are listed on Ceph RGW", least=0)
     parser.add_argument("--here", action="store_true", help="measure in this process, and print that alone")
     options = parser.parse_args(arguments)
     if options.here:
@@ -130,6 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{loaded['snapshot_1m_peak_bytes'] / (1 << 20):.0f} MiB at most, from a snapshot of "
         f"{loaded['snapshot_1m_bytes'] / (1 << 20):.0f} MiB"
     )
+    listed = _listed(options.listed_objects) if options.listed_objects else {}
     print_result(
         {
             "machine": machine(),
@@ -137,8 +140,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "growth_exponent": None if exponent is None else round(exponent, 3),
             "sizes": rows,
             **loaded,
+            **listed,
         }
     )
+
+
+def _listed(objects: int) -> dict[str, int | float]:
+    from benchmarks import rgw_listing
+
+    listed = rgw_listing.measure(objects)
+    say(
+        f"{objects:>10} objects: {listed['listing_objects_per_s']} a second listed on Ceph RGW, "
+        f"{listed['listing_cpu_s_per_million']} CPU s a million"
+    )
+    return listed
 
 
 if __name__ == "__main__":

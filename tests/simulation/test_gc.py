@@ -1,4 +1,7 @@
-"""Collectors, writers, readers and crashes on one bucket: 40 seeds. `make test-integration` runs 200 others, `make torture` as many as it is told."""
+"""Collectors, writers, readers and crashes on one bucket: 40 seeds.
+
+`make test-integration` runs 200 others, `make torture` as many as it is told.
+"""
 
 from collections import Counter
 
