@@ -1,4 +1,4 @@
-"""Engines and collectors as processes, which live a hundred and twenty times as fast as in earnest.
+"""Engines and collectors as processes, which live sixty times as fast as in earnest.
 
 `python -m collection_process node SECONDS SEED` serves prompts with a store of its own, and
 `python -m collection_process collector SECONDS SEED` runs `kvstore gc --apply` again and again, both on
@@ -26,8 +26,8 @@ from kvstore.handles import Durability, SaveOutcome
 from kvstore.keys import ChunkKey, object_name
 from kvstore.store import KVStore
 
-HURRY = 120.0
-GRACE_S = 12.0
+HURRY = 60.0
+GRACE_S = 18.0
 PROMPTS = [Prompt(tenant, branch, 6) for tenant in ("", "other") for branch in range(10)]
 # As the bucket holds about a hundred of them, and a collection is to have something to do.
 LIMIT_BYTES = 10 * FORM.raw_bytes
@@ -36,7 +36,7 @@ SLACK_S = 2.0
 
 
 def hurry() -> None:
-    """Let a minute of the protocol between nodes and collectors be half a second."""
+    """Let a minute of the protocol between nodes and collectors be a second."""
     kvstore.setting_types.GRACE_S_MIN = 1.0
     for module in (watch, collector, lease, pins):
         for name in (
