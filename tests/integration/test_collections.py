@@ -33,11 +33,11 @@ KEYS = {key for prompt in PROMPTS for key in prompt.chain.keys}
 def environment_of(store: Store) -> dict[str, str]:
     return store.environment() | {
         "KVSTORE_PREFIX": PREFIX,
-        "KVSTORE_LOOKUP_TIMEOUT_S": "20",
-        "KVSTORE_LOAD_TIMEOUT_S": "20",
-        "KVSTORE_MEMORY_BYTES": str(64 * FORM.raw_bytes),
-        # An upload has to end before a sweep that was announced meanwhile removes anything.
+        # What is under way ends, as in earnest, before a sweep that was announced meanwhile removes anything.
+        "KVSTORE_LOOKUP_TIMEOUT_S": "2",
+        "KVSTORE_LOAD_TIMEOUT_S": "2",
         "KVSTORE_UPLOAD_TIMEOUT_S": "2",
+        "KVSTORE_MEMORY_BYTES": str(64 * FORM.raw_bytes),
         "KVSTORE_UPLOAD_QUEUE_BYTES": str(32 * FORM.raw_bytes),
     }
 
@@ -144,7 +144,8 @@ def test_p6_collectors_among_live_engines_on_a_real_server(server, request, tmp_
     hashes = {key.hash for key in left}
     assert pinned in left
     holes = [(key.depth, str(key)) for key in left if key.depth and key.parent not in hashes]
-    assert not holes, (holes, processes.told)
+    (tmp_path / "told").write_text("\n".join(processes.told))
+    assert not holes, f"{holes}; {tmp_path} has what the processes said"
     did = processes.did
     # Where nothing is at stake nothing is shown.
     assert min(did[what] for what in ("loaded", "stored", "present", "checked", "swept", "marked")) > 0, did
