@@ -182,10 +182,12 @@ class KnownSet:
             if (gone or not known) and len(self._news) < 2 * NEWS_MAX:
                 self._news.add(word)
 
-    def discard(self, hashes: Sequence[bytes]) -> None:
-        """Chunks were found not to be there, or are about to be removed."""
-        for word in words_of(hashes).tolist():
-            self._news.discard(word)
+    def discard(self, words: Words) -> None:
+        """Chunks were found not to be there, or are about to be removed. Unknown ones are passed over."""
+        known = set(words[self._base.has(words)].tolist())
+        known |= self._news.intersection(words.tolist()) if self._news else set()
+        self._news -= known
+        for word in known:
             self._gone[word] = None
             if len(self._gone) > GONE_MAX:
                 del self._gone[next(iter(self._gone))]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from kvstore.index import known
-from kvstore.index.known import Filter, KnownSet, SortedWords, base_for, words_of
+from kvstore.index.known import Filter, KnownSet, base_for, words_of
 
 ROOMY = 1 << 20
 
@@ -46,7 +46,7 @@ class KnownMachine(RuleBasedStateMachine):
     @rule(numbers=numbers)
     def discard(self, numbers):
         self.oracle -= set(numbers)
-        self.known.discard([hash_of(n) for n in numbers])
+        self.known.discard(words_of([hash_of(n) for n in numbers]))
 
     @rule(meanwhile=numbers, gone=numbers)
     def settle(self, meanwhile, gone):
@@ -79,7 +79,7 @@ def test_only_leading_chunks_count():
     assert some.leading(hashes) == 2
     some.add([hashes[2]])
     assert some.leading(hashes) == 4
-    some.discard([hashes[0]])
+    some.discard(words_of([hashes[0]]))
     assert some.leading(hashes) == 0
     assert some.leading([]) == 0
 
@@ -87,7 +87,7 @@ def test_only_leading_chunks_count():
 def test_what_is_gone_is_not_brought_back_by_the_next_snapshot_but_by_whoever_stores_it():
     hashes = [hash_of(n) for n in range(3)]
     first = KnownSet(base_of(hashes), ROOMY, complete=True)
-    first.discard(hashes[1:])
+    first.discard(words_of(hashes[1:]))
     second = KnownSet(base_of(hashes), ROOMY, complete=True)
     second.replaces(first)
     assert second.leading(hashes) == 1
@@ -124,7 +124,14 @@ def test_news_that_no_longer_fit_turn_it_into_a_filter(monkeypatch):
 def test_memory_is_bounded_where_nobody_settles(monkeypatch):
     monkeypatch.setattr(known, "NEWS_MAX", 10)
     monkeypatch.setattr(known, "GONE_MAX", 10)
-    some = KnownSet(SortedWords(0), ROOMY, complete=True)
+    there = [hash_of(n) for n in range(1000, 1100)]
+    some = KnownSet(base_of(there), ROOMY, complete=True)
     some.add([hash_of(n) for n in range(100)])
-    some.discard([hash_of(n) for n in range(1000, 1100)])
-    assert some.nbytes <= 30 * 100
+    some.discard(words_of(there))
+    assert some.nbytes <= 8 * 100 + 30 * 100
+
+
+def test_what_other_namespaces_lose_takes_no_memory():
+    some = KnownSet(base_of([hash_of(1)]), ROOMY, complete=True)
+    some.discard(words_of([hash_of(n) for n in range(1000, 1100)]))
+    assert some.nbytes == 8
