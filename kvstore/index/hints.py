@@ -75,7 +75,7 @@ class Hints:
             self._sets[namespace_name] = known
 
     def used_least(self, names: Sequence[str]) -> str:
-        """Which of some namespaces was asked about longest ago; first of all one of which nothing is known."""
+        """Which of some namespaces was asked about longest ago; one of which nothing is known comes first."""
         with self._lock:
             asked = {name: number for number, name in enumerate(self._sets)}
         return min(names, key=lambda name: asked.get(name, -1))
