@@ -88,16 +88,18 @@ class ChunkFinder:
         self._endpoint = MetricsEndpoint(MetricsPlace.parse(settings.metrics_port), self.metrics.registry)
         self._loop.submit(self._connect(no_object(settings.prefix)))
 
-    def begin(self, keys: Sequence[ChunkKey]) -> Future[int]:
+    def begin(self, keys: Sequence[ChunkKey], computed: int = 0) -> Future[int]:
         """Begin to count the leading `keys` that are present; the count is there within the timeout
 
         of KVSTORE_LOOKUP_TIMEOUT_S. Done at once where it takes no request. Raises StoreClosedError.
+
+        computed  leading chunks that the engine has, and will save unless they count as present
         """
         counts = []
         for lookups in self._lookups:
-            known = lookups.at_once(keys)
+            known = lookups.at_once(keys, computed)
             if known is None:
-                return self._loop.submit(self._count(keys))
+                return self._loop.submit(self._count(keys, computed))
             counts.append(known.chunks)
         done: Future[int] = Future()
         done.set_result(self._used(keys, min(counts)))
@@ -126,9 +128,9 @@ class ChunkFinder:
         self._closed = True
         self._loop.close(self._disconnect(), DISCONNECT_TIMEOUT_S)
 
-    async def _count(self, keys: Sequence[ChunkKey]) -> int:
+    async def _count(self, keys: Sequence[ChunkKey], computed: int) -> int:
         async with asyncio.TaskGroup() as tasks:
-            asked = [tasks.create_task(each.run(keys, self._timeout_s)) for each in self._lookups]
+            asked = [tasks.create_task(each.run(keys, self._timeout_s, computed)) for each in self._lookups]
         return self._used(keys, min(task.result().chunks for task in asked))
 
     def _used(self, keys: Sequence[ChunkKey], count: int) -> int:
