@@ -70,7 +70,7 @@ async def read_index(bucket: IndexBucket, place: Place, log: Iterable[ObjectInfo
     """
     rows, found = np.empty(0, ROWS), None
     refused: list[str] = []
-    async for snapshot in snapshots(bucket, place, refused.append):
+    async for snapshot in snapshots(bucket, place, refused.append, through_s + SLACK_S):
         try:
             rows, found = await read_snapshot(bucket, snapshot), snapshot
             break
@@ -125,8 +125,12 @@ async def remove_covered(
             all_of_it = [*kept.log, *(info for _, info in kept.objects)]
             names += [info.name for info in all_of_it if now_s - info.modified_s > ABANDONED_S]
             continue
-        newest = await newest_snapshot(bucket, place)
+        newest = await newest_snapshot(bucket, place, until_s=now_s + SLACK_S)
         if newest is not None:
+            # Of a wrong clock: nodes would take it for the newest one until then.
+            names += [
+                info.name for name, info in kept.objects if through_of(name.generation) > now_s + SLACK_S
+            ]
             names += needless(newest, kept, now_s)
     await bucket.remove(names)
     return len(names)

@@ -7,6 +7,7 @@ is never changed. Whoever writes one gives it a generation of its own, and its m
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
@@ -116,11 +117,15 @@ async def write_snapshot(bucket: IndexBucket, place: Place, rows: Rows, through_
 
 
 async def snapshots(
-    bucket: IndexBucket, place: Place, refused: Callable[[str], object] = _log.warning
+    bucket: IndexBucket,
+    place: Place,
+    refused: Callable[[str], object] = _log.warning,
+    until_s: float = math.inf,
 ) -> AsyncGenerator[Snapshot]:
     """Those of a place that are whole, the newest first.
 
     refused  told of those that cannot be read
+    until_s  later ones are passed over: the store's clock was wrong
     """
     folder = snapshots_folder(bucket.prefix, place)
     manifests: dict[str, int] = {}
@@ -129,6 +134,9 @@ async def snapshots(
         if found is not None and found.file == MANIFEST:
             manifests[found.generation] = info.object_bytes
     for generation in sorted(manifests, reverse=True):
+        if through_of(generation) > until_s:
+            refused(f"the snapshot {generation} of {place} is of a time to come, and counts as absent")
+            continue
         name = snapshot_name(bucket.prefix, place, generation, MANIFEST)
         try:
             data = await bucket.read(name, min(manifests[generation], _MANIFEST_BYTES_MAX))
@@ -138,10 +146,13 @@ async def snapshots(
 
 
 async def newest_snapshot(
-    bucket: IndexBucket, place: Place, refused: Callable[[str], object] = _log.warning
+    bucket: IndexBucket,
+    place: Place,
+    refused: Callable[[str], object] = _log.warning,
+    until_s: float = math.inf,
 ) -> Snapshot | None:
     """The newest of a place that is whole; see `snapshots`."""
-    async with aclosing(snapshots(bucket, place, refused)) as found:
+    async with aclosing(snapshots(bucket, place, refused, until_s)) as found:
         return await anext(found, None)
 
 

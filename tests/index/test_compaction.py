@@ -321,6 +321,25 @@ def test_a_damaged_snapshot_is_replaced_before_the_one_that_it_replaced_goes():
     assert sorted(bucket.rows()["touches"].tolist()) == [0, 0, 1]
 
 
+def test_p10_a_snapshot_of_a_store_whose_clock_was_ahead_hides_no_loads_told_of_since():
+    bucket = Bucket()
+    bucket.store(KEYS[:2])
+    bucket.now_s += 400.0
+    bucket.compact()
+    bucket.now_s += 5 * 3600.0
+    ahead = bucket.compact()
+    # Somebody has set it right.
+    bucket.now_s -= 5 * 3600.0
+    for _ in range(3):
+        bucket.now_s += 1800.0
+        bucket.touch(KEYS[:1])
+        bucket.now_s += 60.0
+        assert bucket.rebuild() == 0
+        bucket.run(lambda b: remove_covered(b, bucket.now_s, namespaces=[NAMESPACE.name]))
+    assert not any(ahead.generation in name for name in bucket.objects)
+    assert sorted(bucket.rows()["touches"].tolist()) == [0, 3]
+
+
 @pytest.mark.parametrize(
     ("age_s", "manifest", "goes"),
     [
