@@ -13,7 +13,8 @@ from kvstore.backends.guarded import GuardedBackend
 from kvstore.backends.metered import MeteredBackend
 from kvstore.backends.opening import open_backend
 from kvstore.codecs.section_codecs import SectionCodecs
-from kvstore.event_loop import EventLoopThread
+from kvstore.errors import StoreClosedError
+from kvstore.event_loop import FORKED, EventLoopThread
 from kvstore.gc.watch import MarkWatch
 from kvstore.index.node import IndexParts
 from kvstore.keys import ChunkKey
@@ -95,6 +96,9 @@ class ChunkFinder:
 
         computed  leading chunks that the engine has, and will save unless they count as present
         """
+        # First: a lock may have been held when the process was forked.
+        if self._loop.forked:
+            raise StoreClosedError(FORKED)
         counts = []
         for lookups in self._lookups:
             known = lookups.at_once(keys, computed)

@@ -1,6 +1,7 @@
 """What a node knows to be there, against a set."""
 
 import random
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from kvstore.index import known
-from kvstore.index.known import Filter, KnownSet, base_for, words_of
+from kvstore.index.known import Filter, KnownSet, SortedWords, base_for, words_of
 
 ROOMY = 1 << 20
 
@@ -119,6 +120,24 @@ def test_news_that_no_longer_fit_turn_it_into_a_filter(monkeypatch):
     assert isinstance(some.settled(), Filter)
     assert some.nbytes <= 1600
     assert some.leading(hashes) == 400
+
+
+def test_taking_news_in_takes_little_more_memory_than_what_is_known_before_and_after():
+    source = np.random.default_rng(1)
+    words = np.unique(source.integers(0, 1 << 63, 500_000, dtype=np.uint64))
+    base, news, gone = SortedWords(len(words)), np.sort(words[::1000] + np.uint64(1)), words[5::777]
+    base.put(0, words)
+    tracemalloc.start()
+    try:
+        more = base.with_more(news, gone, 1 << 26)
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 2.5 * base.nbytes
+    assert more.nbytes == 8 * (len(words) + len(news) - len(gone))
+    assert more.has(news).all()
+    assert not more.has(gone).any()
+    assert more.has(words).sum() == len(words) - len(gone)
 
 
 def test_memory_is_bounded_where_nobody_settles(monkeypatch):
