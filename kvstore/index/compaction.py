@@ -62,6 +62,11 @@ class Kept:
     objects: list[tuple[SnapshotName, ObjectInfo]] = field(default_factory=list)
     log: list[ObjectInfo] = field(default_factory=list)
 
+    @property
+    def all(self) -> list[ObjectInfo]:
+        """All of these objects."""
+        return [*self.log, *(info for _, info in self.objects)]
+
 
 async def read_index(bucket: IndexBucket, place: Place, log: Iterable[ObjectInfo], through_s: float) -> Told:
     """What the newest snapshot and the log tell. What is damaged counts as absent, and is warned of.
@@ -122,8 +127,7 @@ async def remove_covered(
     names: list[str] = []
     for place, kept in (await survey(bucket, only)).items():
         if namespaces is not None and place.namespace_name not in namespaces:
-            all_of_it = [*kept.log, *(info for _, info in kept.objects)]
-            names += [info.name for info in all_of_it if now_s - info.modified_s > ABANDONED_S]
+            names += [info.name for info in kept.all if now_s - info.modified_s > ABANDONED_S]
             continue
         newest = await newest_snapshot(bucket, place, until_s=now_s + SLACK_S)
         if newest is not None:
@@ -134,6 +138,12 @@ async def remove_covered(
             names += needless(newest, kept, now_s)
     await bucket.remove(names)
     return len(names)
+
+
+async def remove_index(bucket: IndexBucket, namespace_name: str) -> None:
+    """Remove all there is of the index of a namespace."""
+    for kept in (await survey(bucket, namespace_name)).values():
+        await bucket.remove([info.name for info in kept.all])
 
 
 def needless(newest: Snapshot, kept: Kept, now_s: float) -> list[str]:
