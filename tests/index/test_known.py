@@ -9,7 +9,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from kvstore.index import hints as hints_module
 from kvstore.index import known
+from kvstore.index.hints import Hints
 from kvstore.index.known import Filter, KnownSet, SortedWords, base_for, words_of
 
 ROOMY = 1 << 20
@@ -148,6 +150,24 @@ def test_memory_is_bounded_where_nobody_settles(monkeypatch):
     some.add([hash_of(n) for n in range(100)])
     some.discard(words_of(there))
     assert some.nbytes <= 8 * 100 + 30 * 100
+
+
+def test_a_sweep_of_many_chunks_holds_up_nobody_who_asks(monkeypatch):
+    monkeypatch.setattr(hints_module, "_BATCH", 4)
+    hashes = [hash_of(n) for n in range(10)]
+    hints, taken = Hints(), []
+
+    class Watched(KnownSet):
+        def discard(self, words):
+            assert hints._lock.locked()
+            taken.append(len(words))
+            super().discard(words)
+
+    some = Watched(base_of(hashes), ROOMY, complete=True)
+    hints.install("0" * 16, some)
+    hints.drop(hashes[1:])
+    assert taken == [4, 4, 1]
+    assert some.leading(hashes) == 1
 
 
 def test_what_other_namespaces_lose_takes_no_memory():
