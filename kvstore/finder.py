@@ -13,7 +13,8 @@ from kvstore.backends.guarded import GuardedBackend
 from kvstore.backends.metered import MeteredBackend
 from kvstore.backends.opening import open_backend
 from kvstore.codecs.section_codecs import SectionCodecs
-from kvstore.event_loop import EventLoopThread
+from kvstore.errors import StoreClosedError
+from kvstore.event_loop import FORKED, EventLoopThread
 from kvstore.gc.watch import MarkWatch
 from kvstore.index.node import IndexParts
 from kvstore.keys import ChunkKey
@@ -93,16 +94,21 @@ class ChunkFinder:
         for lookups in self._lookups:
             self._loop.submit(lookups.prepare(namespace_name))
 
-    def begin(self, keys: Sequence[ChunkKey]) -> Future[int]:
+    def begin(self, keys: Sequence[ChunkKey], computed: int = 0) -> Future[int]:
         """Begin to count the leading `keys` that are present; the count is there within the timeout
 
         of KVSTORE_LOOKUP_TIMEOUT_S. Done at once where it takes no request. Raises StoreClosedError.
+
+        computed  leading chunks that the engine has, and will save unless they count as present
         """
+        # First: a lock may have been held when the process was forked.
+        if self._loop.forked:
+            raise StoreClosedError(FORKED)
         counts = []
         for lookups in self._lookups:
-            known = lookups.at_once(keys)
+            known = lookups.at_once(keys, computed)
             if known is None:
-                return self._loop.submit(self._count(keys))
+                return self._loop.submit(self._count(keys, computed))
             counts.append(known.chunks)
         done: Future[int] = Future()
         done.set_result(self._used(keys, min(counts)))
@@ -131,9 +137,9 @@ class ChunkFinder:
         self._closed = True
         self._loop.close(self._disconnect(), DISCONNECT_TIMEOUT_S)
 
-    async def _count(self, keys: Sequence[ChunkKey]) -> int:
+    async def _count(self, keys: Sequence[ChunkKey], computed: int) -> int:
         async with asyncio.TaskGroup() as tasks:
-            asked = [tasks.create_task(each.run(keys, self._timeout_s)) for each in self._lookups]
+            asked = [tasks.create_task(each.run(keys, self._timeout_s, computed)) for each in self._lookups]
         return self._used(keys, min(task.result().chunks for task in asked))
 
     def _used(self, keys: Sequence[ChunkKey], count: int) -> int:

@@ -12,6 +12,7 @@ from kvstore.disk.tier import DiskTier
 from kvstore.errors import KVStoreError, MissReason
 from kvstore.handles import LookupResult
 from kvstore.index.follower import Follower
+from kvstore.index.hints import NOTHING
 from kvstore.keys import ChunkKey, namespace_name_of, object_name
 from kvstore.layout import Shard
 from kvstore.memory_tier import MemoryTier
@@ -69,7 +70,8 @@ class Known:
 class Lookups:
     """Answers lookups from the tiers on this machine, then from what is known, then from the backend.
 
-    What the index says is offered without a request, and never taken for a proof.
+    What the index says is offered without a request, and never taken for a proof. So of leading chunks that
+    the asker has `computed`, and will not load, it is not believed: nobody would find out, nor save them.
 
     backend_off  whether the backend is switched off, so that what it holds cannot be had. Any thread
                  may ask
@@ -88,9 +90,9 @@ class Lookups:
     warn: WarnRarely
     follower: Follower | None = None
 
-    def at_once(self, keys: Sequence[ChunkKey]) -> LookupResult | None:
+    def at_once(self, keys: Sequence[ChunkKey], computed: int = 0) -> LookupResult | None:
         """The answer, from any thread, if it takes no request. None: ask `run`."""
-        known = self._known(keys)
+        known = self._known(keys, computed)
         if known.high > known.local and self.backend_off():
             self._fail(MissReason.UNREACHABLE, "is switched off")
             return self._result(keys, known, known.local, MissReason.UNREACHABLE)
@@ -101,12 +103,12 @@ class Lookups:
         if self.follower is not None:
             await self.follower.wait_loaded(namespace_name, 0.0)
 
-    async def run(self, keys: Sequence[ChunkKey], timeout_s: float) -> LookupResult:
+    async def run(self, keys: Sequence[ChunkKey], timeout_s: float, computed: int = 0) -> LookupResult:
         """Count the leading keys that are present; never raises for trouble with the backend."""
         until_s = asyncio.get_running_loop().time() + timeout_s
         if self.follower is not None and keys:
             await self.follower.wait_loaded(namespace_name_of(keys[0]), timeout_s * _INDEX_SHARE)
-        known = self._known(keys)
+        known = self._known(keys, computed)
         found, failure = known.low, None
 
         def note(count: int) -> None:
@@ -115,6 +117,12 @@ class Lookups:
 
         try:
             async with asyncio.timeout_at(until_s):
+                last = min(computed, known.high) - 1
+                if known.low <= last:
+                    # Often all are there, and the index goes on from there.
+                    await self._narrowed(keys, known.low, known.high, [last])
+                    known = self._known(keys, computed)
+                    note(known.low)
                 await self._probe(keys, known, note)
         except TimeoutError:
             failure = MissReason.TIMEOUT
@@ -127,7 +135,7 @@ class Lookups:
             self._fail(failure, f"cannot be asked because of a defect: {error!r}")
         return self._result(keys, known, found, failure)
 
-    def _known(self, keys: Sequence[ChunkKey]) -> Known:
+    def _known(self, keys: Sequence[ChunkKey], computed: int) -> Known:
         by_tier = {} if self.memory is None else {"memory": self.memory.leading(keys)}
         if self.disk is not None:
             by_tier["disk"] = 0
@@ -137,7 +145,7 @@ class Lookups:
                 if self.memory is not None:
                     by_tier["memory"] += self.memory.leading(keys, sum(by_tier.values()))
         low, high = self.presence.bounds(keys, sum(by_tier.values()))
-        hint = self.presence.hints.leading(keys[low:high])
+        hint = self.presence.hints.leading(keys[low:high]) if low >= computed else NOTHING
         return Known(by_tier, low + hint.chunks, high, hint.complete)
 
     def _result(
@@ -161,14 +169,21 @@ class Lookups:
             # Another node may have stored the next one just now.
             points = [low] if ended else probe_points(low, high)
             ended = False
-            answers = await self._ask(keys, points)
-            low, high = narrow(low, high, answers)
-            for here in (True, False):
-                # Those in between are not noted: a save must not skip one that is in truth a hole.
-                self.presence.note([keys[i] for i, found in answers if found is here], present=here)
-            if high < len(keys):
-                self.presence.forget(keys[high + 1 :])
+            low, high = await self._narrowed(keys, low, high, points)
             note(low)
+
+    async def _narrowed(
+        self, keys: Sequence[ChunkKey], low: int, high: int, points: Sequence[int]
+    ) -> tuple[int, int]:
+        """The interval that is left after asking about these indices."""
+        answers = await self._ask(keys, points)
+        low, high = narrow(low, high, answers)
+        for here in (True, False):
+            # Those in between are not noted: a save must not skip one that is in truth a hole.
+            self.presence.note([keys[i] for i, found in answers if found is here], present=here)
+        if high < len(keys):
+            self.presence.forget(keys[high + 1 :])
+        return low, high
 
     async def _ask(self, keys: Sequence[ChunkKey], points: Sequence[int]) -> list[tuple[int, bool]]:
         try:

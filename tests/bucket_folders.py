@@ -10,8 +10,8 @@ _SECTIONS_FROM = 8192
 
 
 def chunk_files(folder: Path) -> dict[Path, ChunkHeader]:
-    """Every chunk object below a folder."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".json")
+    """Every chunk object below a folder: names of theirs end in a shard."""
+    files = (path for path in folder.rglob("*.*-*") if path.is_file() and "v1" in path.parts)
     return {path: decode_header(path.read_bytes()) for path in files}
 
 

@@ -14,12 +14,12 @@ from typing import TypeVar
 
 import boto3
 from botocore.config import Config
-from gc_bucket import EVERYTHING, NAMESPACE, Bucket, chain
+from gc_bucket import EVERYTHING, NAMESPACE, SHARD, Bucket, chain
 
 from kvstore.backends.contract import Backend, UnfinishedUpload, UploadsInParts
 from kvstore.backends.s3 import S3Options
 from kvstore.gc.policy import Policy
-from kvstore.keys import namespace_folder
+from kvstore.keys import namespace_folder, object_name
 
 T = TypeVar("T")
 CLOCK_TOLERANCE_S = 30.0
@@ -92,19 +92,21 @@ class UploadPromises:
         bucket = Bucket(self.make_backend)
         bucket.fill(chain(1))
         folder = namespace_folder("kvstore", NAMESPACE.name)
-        begin_uploads(self.options, [f"{folder}00/abandoned", "elsewhere"])
+        abandoned = object_name("kvstore", chain(2)[1], SHARD)
+        begin_uploads(self.options, [abandoned, f"{folder}00/foreign", "elsewhere"])
         if self.knows_begin:
             report = bucket.collect(Policy(grace_s=3600.0))
             assert (report.aborted.uploads, report.aborted.fault) == ((), "")
-            assert len(self.unfinished(folder)) == 1
+            assert len(self.unfinished(folder)) == 2
         report = bucket.collect(EVERYTHING)
-        assert [each.name for each in report.aborted.uploads] == [f"{folder}00/abandoned"]
-        assert self.unfinished(folder) == []
+        assert [each.name for each in report.aborted.uploads] == [abandoned]
+        assert [each.name for each in self.unfinished(folder)] == [f"{folder}00/foreign"]
         assert len(self.unfinished("elsewhere")) == 1
 
     def test_a_look_aborts_nothing(self):
         bucket = Bucket(self.make_backend)
         bucket.fill(chain(1))
-        begin_uploads(self.options, ["kvstore/v1/abandoned"])
-        assert [each.name for each in bucket.look().abandoned.uploads] == ["kvstore/v1/abandoned"]
-        assert len(self.unfinished("kvstore/v1/abandoned")) == 1
+        abandoned = object_name("kvstore", chain(2)[1], SHARD)
+        begin_uploads(self.options, [abandoned])
+        assert [each.name for each in bucket.look().abandoned.uploads] == [abandoned]
+        assert len(self.unfinished(abandoned)) == 1

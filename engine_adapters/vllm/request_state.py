@@ -56,8 +56,11 @@ class RequestState:
         self._lookup: Future[int] | None = None
         self._asked_s = 0.0
 
-    def stored_chunks(self, keys: Sequence[ChunkKey], finder: ChunkFinder) -> int | None:
-        """How many leading `keys` are present; None while that is being asked. Asks once in a while."""
+    def stored_chunks(self, keys: Sequence[ChunkKey], computed: int, finder: ChunkFinder) -> int | None:
+        """How many leading `keys` are present; None while that is being asked. Asks once in a while.
+
+        computed  of them that the engine has in its own cache
+        """
         if (
             self._lookup is not None
             and self._lookup.done()
@@ -65,7 +68,7 @@ class RequestState:
         ):
             self._lookup = None
         if self._lookup is None:
-            self._lookup, self._asked_s = finder.begin(keys), time.monotonic()
+            self._lookup, self._asked_s = finder.begin(keys, computed), time.monotonic()
         if not self._lookup.done():
             return None
         return min(self._lookup.result(), len(keys))

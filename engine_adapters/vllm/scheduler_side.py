@@ -103,7 +103,8 @@ class SchedulerSide:
         if state is None or state.load is not None or not self._options.loads:
             return 0
         keys = state.keys.upto(request.num_tokens)
-        found = state.stored_chunks(keys, self._finder) if keys else 0
+        computed = computed_tokens // self._layout.chunk_tokens
+        found = state.stored_chunks(keys, computed, self._finder) if keys else 0
         if found is None:
             return None
         chunks = self._failed.leading(keys[:found])

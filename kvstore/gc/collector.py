@@ -32,7 +32,7 @@ from kvstore.gc.usage import Usage, note_usage
 from kvstore.gc.watch import SETTLE_S, SWEEP_S
 from kvstore.index.bucket import IndexBucket
 from kvstore.index.compaction import remove_covered
-from kvstore.keys import format_folder, namespace_document_name, namespace_folder
+from kvstore.keys import namespace_document_name, namespace_folder
 
 _log = logging.getLogger("kvstore.gc")
 DELETE_BATCH = 1000
@@ -156,9 +156,9 @@ class Collector:
                 f"the policy lets all {look.plan.wanted} chunks go; loosen KVSTORE_GC_MAX_* or, if that is "
                 "what you want, say --force"
             )
-        folder = namespace_folder(self._prefix, self._only) if self._only else format_folder(self._prefix)
         before_s = self._clock.now_s() - self._policy.grace_s
-        return replace(look, abandoned=await find_abandoned(self._backend, self._pace, folder, before_s))
+        abandoned = await find_abandoned(self._backend, self._pace, self._prefix, before_s, only=self._only)
+        return replace(look, abandoned=abandoned)
 
     async def run(self) -> Report:
         """Sweep what was marked at least a grace ago, then mark what goes next.

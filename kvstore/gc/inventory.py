@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from array import array
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from kvstore.gc.pace import Pace
 from kvstore.gc.store_clock import StoreClock
 from kvstore.index.bucket import IndexBucket
 from kvstore.index.columns import Rows
-from kvstore.index.compaction import Told, read_indexes
+from kvstore.index.compaction import Told, read_indexes, through
 from kvstore.index.names import Place
 from kvstore.index.records import version_of
 from kvstore.index.rows import ROWS, find, note_touched
@@ -27,6 +28,7 @@ from kvstore.keys import namespace_document_name, namespace_folder, parse_object
 from kvstore.layout import Shard
 from kvstore.listing import namespaces
 
+_log = logging.getLogger("kvstore.gc")
 _FOREIGN_SHOWN = 20
 
 
@@ -141,8 +143,8 @@ class Stocktaking:
         return found
 
     async def _namespace(self, name: str, number: int) -> list[Chunks]:
-        began_s, read_before = self._clock.now_s(), self._inventory.headers_read
-        told = await read_indexes(self._bucket, name, began_s)
+        through_s, read_before = through(self._clock.now_s()), self._inventory.headers_read
+        told = await read_indexes(self._bucket, name, through_s)
         parts: list[Chunks] = []
         kept: dict[str, tuple[Int32s, Rows]] = {}
 
@@ -156,7 +158,7 @@ class Stocktaking:
         await self._foreign(name)
         await self._pace.for_all(DIGITS, look)
         await self._write_snapshots(
-            name, told, kept, began_s, read_some=self._inventory.headers_read > read_before
+            name, told, kept, through_s, read_some=self._inventory.headers_read > read_before
         )
         return parts
 
@@ -165,7 +167,7 @@ class Stocktaking:
         name: str,
         told: Mapping[Place, Told],
         kept: Mapping[str, tuple[Int32s, Rows]],
-        began_s: float,
+        through_s: float,
         *,
         read_some: bool,
     ) -> None:
@@ -181,7 +183,16 @@ class Stocktaking:
                 ]
             )
             if not _is_told(told.get(place), len(rows), read_some=read_some):
-                await write_snapshot(self._bucket, place, rows, began_s)
+                await self._write_snapshot(place, rows, through_s)
+
+    async def _write_snapshot(self, place: Place, rows: Rows, through_s: float) -> None:
+        try:
+            await write_snapshot(self._bucket, place, rows, through_s)
+        except KVStoreError as error:
+            if self._keep:
+                raise
+            # Whoever only looks may not be allowed to write.
+            _log.warning("the index of %s is not kept: %s", place, error)
 
     async def _foreign(self, name: str) -> None:
         """Look at what lies in a namespace's folder outside of those of chunks."""

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from kvstore.backends.contract import Backend, UnfinishedUpload, UploadsInParts
 from kvstore.errors import KVStoreError
 from kvstore.gc.pace import Pace
+from kvstore.keys import format_folder, namespace_folder, parse_object_name
 
 
 class AbandonedUploads(NamedTuple):
@@ -19,8 +20,12 @@ class AbandonedUploads(NamedTuple):
 NO_UPLOADS = AbandonedUploads()
 
 
-async def find_abandoned(backend: Backend, pace: Pace, folder: str, before_s: float) -> AbandonedUploads:
-    """Unfinished uploads of objects under `folder` that were begun before a time by the store's clock.
+async def find_abandoned(
+    backend: Backend, pace: Pace, prefix: str, before_s: float, *, only: str = ""
+) -> AbandonedUploads:
+    """Unfinished uploads of chunks that were begun before a time by the store's clock.
+
+    only  name of the one namespace whose chunks they are of; empty for all
 
     Not to be able to list them is a fault that keeps nothing else from being collected: it takes a
     permission of its own.
@@ -30,7 +35,14 @@ async def find_abandoned(backend: Backend, pace: Pace, folder: str, before_s: fl
     store: UploadsInParts = backend
 
     async def listed() -> tuple[UnfinishedUpload, ...]:
-        return tuple([each async for each in store.unfinished_uploads(folder) if each.begun_s < before_s])
+        folder = namespace_folder(prefix, only) if only else format_folder(prefix)
+        return tuple(
+            [
+                each
+                async for each in store.unfinished_uploads(folder)
+                if each.begun_s < before_s and parse_object_name(prefix, each.name) is not None
+            ]
+        )
 
     try:
         return AbandonedUploads(await pace(listed))

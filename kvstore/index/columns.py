@@ -60,11 +60,16 @@ def seal_rows(kind: str, rows: Rows) -> bytes:
     return seal_map(kind, {"rows": len(rows), "columns": columns})
 
 
-def read_rows(name: str, data: bytes, kind: str, dtype: np.dtype[Any]) -> Rows:
-    """The rows of object `name`, of just this dtype. Raises RefusedIndexError."""
+def sealed_bytes_max(rows_bytes: int) -> int:
+    """What an object takes at most that seals rows of so many bytes: what cannot be compressed grows."""
+    return rows_bytes + rows_bytes // 128 + 4096
+
+
+def read_rows(name: str, data: bytes, kind: str, dtype: np.dtype[Any], *, rows_max: int = ROWS_MAX) -> Rows:
+    """The rows of object `name`, of just this dtype, `rows_max` at most. Raises RefusedIndexError."""
     found = read_map(name, data, kind, {"rows": int, "columns": dict})
     count, columns = found["rows"], found["columns"]
-    if not 0 <= count <= ROWS_MAX or columns.keys() != set(dtype.names or ()):
+    if not 0 <= count <= rows_max or columns.keys() != set(dtype.names or ()):
         raise RefusedIndexError(f"{name} is not what kvstore writes; remove it")
     rows = np.empty(count, dtype)
     for field in dtype.names or ():

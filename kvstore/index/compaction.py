@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from kvstore.index.names import (
     parse_log,
     parse_snapshot,
     snapshots_folder,
+    through_of,
 )
 from kvstore.index.rows import ROWS, Touched, merged, note_touched
 from kvstore.index.snapshot import Snapshot, newest_snapshot, read_snapshot, snapshots, write_snapshot
@@ -32,6 +34,9 @@ SLACK_S = 300.0
 MARGIN_S = 3600.0
 # Of generations and logs that nobody goes on with.
 ABANDONED_S = 86_400.0
+# Stores tell times to the second, and what was put by then is listed so much later. What is told of loads
+# since then is the next snapshot's.
+LAG_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class Told:
     rows      sorted by hash, from the snapshot and from what a log tells of chunks stored since
     touched   what it tells of loads since, of these chunks or others, that is not in the rows
     snapshot  what they began with, if there is one
-    news      whether the log had anything to add
+    news      whether that is more than the newest snapshot tells: the log adds to it, or it is damaged
     """
 
     rows: Rows
@@ -57,6 +62,11 @@ class Kept:
     objects: list[tuple[SnapshotName, ObjectInfo]] = field(default_factory=list)
     log: list[ObjectInfo] = field(default_factory=list)
 
+    @property
+    def all(self) -> list[ObjectInfo]:
+        """All of these objects."""
+        return [*self.log, *(info for _, info in self.objects)]
+
 
 async def read_index(bucket: IndexBucket, place: Place, log: Iterable[ObjectInfo], through_s: float) -> Told:
     """What the newest snapshot and the log tell. What is damaged counts as absent, and is warned of.
@@ -64,15 +74,18 @@ async def read_index(bucket: IndexBucket, place: Place, log: Iterable[ObjectInfo
     through_s  of loads only those that were told of before then: the next one's are told from then on
     """
     rows, found = np.empty(0, ROWS), None
-    async for snapshot in snapshots(bucket, place):
+    refused: list[str] = []
+    async for snapshot in snapshots(bucket, place, refused.append, through_s + SLACK_S):
         try:
             rows, found = await read_snapshot(bucket, snapshot), snapshot
             break
         except RefusedIndexError as error:
-            _log.warning("%s", error)
+            refused.append(str(error))
+    for why in refused:
+        _log.warning("%s", why)
     since_s = 0.0 if found is None else found.through_s
     stored, touched = await _read_log(bucket, log, since_s, through_s)
-    return Told(merged(rows, stored), touched, found, bool(stored or touched))
+    return Told(merged(rows, stored), touched, found, bool(stored or touched or refused))
 
 
 async def compact(bucket: IndexBucket, place: Place, log: Iterable[ObjectInfo], now_s: float) -> Snapshot:
@@ -80,9 +93,15 @@ async def compact(bucket: IndexBucket, place: Place, log: Iterable[ObjectInfo], 
 
     now_s  by the store's clock, before `log` was listed
     """
-    told = await read_index(bucket, place, log, now_s)
+    through_s = through(now_s)
+    told = await read_index(bucket, place, log, through_s)
     note_touched(told.rows, told.touched)
-    return await write_snapshot(bucket, place, told.rows, now_s)
+    return await write_snapshot(bucket, place, told.rows, through_s)
+
+
+def through(now_s: float) -> float:
+    """The time, in whole seconds, before which a snapshot that is begun now can know everything."""
+    return math.floor(now_s - LAG_S)
 
 
 async def survey(bucket: IndexBucket, namespace_name: str = "") -> dict[Place, Kept]:
@@ -108,27 +127,50 @@ async def remove_covered(
     names: list[str] = []
     for place, kept in (await survey(bucket, only)).items():
         if namespaces is not None and place.namespace_name not in namespaces:
-            all_of_it = [*kept.log, *(info for _, info in kept.objects)]
-            names += [info.name for info in all_of_it if now_s - info.modified_s > ABANDONED_S]
+            names += [info.name for info in kept.all if now_s - info.modified_s > ABANDONED_S]
             continue
-        newest = await newest_snapshot(bucket, place)
+        newest = await newest_snapshot(bucket, place, until_s=now_s + SLACK_S)
         if newest is not None:
+            # Of a wrong clock: nodes would take it for the newest one until then.
+            names += [
+                info.name for name, info in kept.objects if through_of(name.generation) > now_s + SLACK_S
+            ]
             names += needless(newest, kept, now_s)
     await bucket.remove(names)
     return len(names)
 
 
+async def remove_index(bucket: IndexBucket, namespace_name: str) -> None:
+    """Remove all there is of the index of a namespace."""
+    for kept in (await survey(bucket, namespace_name)).values():
+        await bucket.remove([info.name for info in kept.all])
+
+
 def needless(newest: Snapshot, kept: Kept, now_s: float) -> list[str]:
-    """Names of what `newest`, the newest snapshot of a place that can be read, makes needless."""
-    whole = {name.generation: info for name, info in kept.objects if name.file == MANIFEST}
-    since_s = whole[newest.generation].modified_s if newest.generation in whole else now_s
-    margin_s = {True: MARGIN_S, False: ABANDONED_S}
-    return [
+    """Names of what `newest`, the newest snapshot of a place that can be read, makes needless.
+
+    A generation is, as soon as a newer one has been there for a while; so is a log that one covers which has.
+    """
+    whole = {
+        name.generation: info.modified_s
+        for name, info in kept.objects
+        if name.file == MANIFEST and name.generation <= newest.generation
+    }
+
+    def replaced_s(generation: str) -> float:
+        return min((at_s for newer, at_s in whole.items() if newer > generation), default=now_s)
+
+    names = [
         info.name
         for name, info in kept.objects
         if name.generation < newest.generation
-        and now_s - max(since_s, info.modified_s) > margin_s[name.generation in whole]
-    ] + [info.name for info in kept.log if info.modified_s < newest.through_s - MARGIN_S]
+        and now_s - max(replaced_s(name.generation), info.modified_s)
+        > (MARGIN_S if name.generation in whole else ABANDONED_S)
+    ]
+    # Who began to read before a newer one was there goes on with what these logs add to an older one.
+    settled = max((name for name, at_s in whole.items() if now_s - at_s > MARGIN_S), default="")
+    covered_s = through_of(settled) - SLACK_S if settled else 0.0
+    return names + [info.name for info in kept.log if info.modified_s < covered_s]
 
 
 async def read_indexes(bucket: IndexBucket, namespace_name: str, now_s: float) -> dict[Place, Told]:

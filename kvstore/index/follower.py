@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import importlib
 import logging
+import math
 import random
 import threading
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from kvstore.errors import KVStoreError
 from kvstore.index.bucket import IndexBucket, RefusedIndexError
@@ -34,6 +35,9 @@ SLACK_S = 300.0
 # Of a log that nobody compacts the newest are read.
 LOG_OBJECTS_MAX = 20_000
 RETRY_S_MAX = 60.0
+NAMESPACES_MAX = 16
+# Of more namespaces than that so often one makes way for another: loading an index costs some requests.
+ROOM_S = 600.0
 _TOPIC = "index"
 
 
@@ -73,12 +77,18 @@ class Follower:
         self._warn = warn
         self._work = work
         self._followed: dict[str, _Followed] = {}
+        self._full_until_s = -math.inf
 
     async def wait_loaded(self, namespace_name: str, within_s: float) -> None:
-        """Follow a namespace from now on, and let the first who asks wait for what is known by now."""
+        """Follow a namespace from now on, and let the first who asks wait for what is known by now.
+
+        Where too many are followed, and another one has made room lately, it is not: nobody waits then.
+        """
         loop = asyncio.get_running_loop()
         followed = self._followed.get(namespace_name)
         if followed is None:
+            if not self._make_room():
+                return
             followed = self._followed[namespace_name] = _Followed(loop.time())
             followed.task = asyncio.ensure_future(self._follow(namespace_name, followed))
         left_s = followed.since_s + within_s - loop.time()
@@ -114,7 +124,9 @@ class Follower:
     async def _step(self, place: Place, followed: _Followed) -> None:
         await self._work(_load_modules)
         if followed.steps % RELOAD_STEPS or not await self._reload(place, followed):
-            await self._read_log(place, followed, partial(self._hints.add, place.namespace_name))
+            listed = await self._list_log(place, followed.listed)
+            await self._read_log(listed.fresh, partial(self._hints.add, place.namespace_name))
+            followed.listed = listed
         followed.steps += 1
         if followed.known is not None and followed.known.crowded:
             base = await self._work(followed.known.settled)
@@ -125,27 +137,28 @@ class Follower:
         from kvstore.index.known import KnownSet, base_for
         from kvstore.index.snapshot import newest_snapshot
 
-        # The log is listed next, by the store's time: both take a while.
-        snapshot, _ = await asyncio.gather(
-            newest_snapshot(self._bucket, place, self._refuse), self._time.now_s()
+        # Somebody may be waiting: what can be asked for at once is.
+        snapshot, logged, _ = await asyncio.gather(
+            newest_snapshot(self._bucket, place, self._refuse),
+            self._is_logged(place, followed),
+            self._time.now_s(),
         )
+        if snapshot is None and not logged:
+            followed.done()
         generation = "" if snapshot is None else snapshot.generation
         if followed.known is not None and generation in ("", followed.generation):
             return False
-        known = await self._loaded(snapshot)
+        since = _Listed(0.0 if snapshot is None else snapshot.through_s)
+        known, listed = await asyncio.gather(self._loaded(snapshot), self._list_log(place, since))
         if known is None:
             if followed.known is not None:
                 # What is known is worth more than nothing, and this one is not going to get better.
                 followed.generation = generation
                 return False
             known = KnownSet(base_for(0, self._bytes_max), self._bytes_max, complete=False)
-        followed.seen = set()
-        followed.read_s = 0.0 if snapshot is None else snapshot.through_s
-        await self._read_log(place, followed, known.add)
-        followed.known, followed.generation = known, generation
-        evicted = self._hints.install(place.namespace_name, known)
-        if evicted in self._followed:
-            self._let_go(evicted)
+        await self._read_log(listed.fresh, known.add)
+        followed.known, followed.generation, followed.listed = known, generation, listed
+        self._hints.install(place.namespace_name, known)
         return True
 
     async def _loaded(self, snapshot: Snapshot | None) -> KnownSet | None:
@@ -170,27 +183,34 @@ class Follower:
         self._meter.load_ended("loaded")
         return KnownSet(base, self._bytes_max, complete=True)
 
-    async def _read_log(
-        self, place: Place, followed: _Followed, add: Callable[[Sequence[bytes]], None]
-    ) -> None:
-        """Tell `add` what was logged since the last time."""
+    async def _is_logged(self, place: Place, followed: _Followed) -> bool:
+        """Whether there is a log at all, where that matters to somebody who waits."""
+        if followed.loaded.done():
+            return True
+        async for _ in self._bucket.list(log_folder(self._bucket.prefix, place)):
+            return True
+        return False
+
+    async def _list_log(self, place: Place, earlier: _Listed) -> _Listed:
+        """What was logged since an earlier listing."""
         folder = log_folder(self._bucket.prefix, place)
         now_s = await self._time.now_s()
         fresh: deque[ObjectInfo] = deque(maxlen=LOG_OBJECTS_MAX)
-        async for info in self._bucket.list(folder, log_start(followed.read_s - SLACK_S)):
+        async for info in self._bucket.list(folder, log_start(earlier.at_s - SLACK_S)):
             name = parse_log(self._bucket.prefix, info.name)
-            if name is not None and name.kind == STORED and info.name not in followed.seen:
+            if name is not None and name.kind == STORED and info.name not in earlier.seen:
                 fresh.append(info)
+        start = folder + log_start(now_s - SLACK_S)
+        seen = (*earlier.seen, *(info.name for info in fresh))
+        return _Listed(now_s, tuple(fresh), frozenset(name for name in seen if name > start))
+
+    async def _read_log(self, infos: Iterable[ObjectInfo], add: Callable[[Sequence[bytes]], None]) -> None:
+        """Tell `add` of the chunks that objects of a log tell of."""
 
         async def read(info: ObjectInfo) -> None:
             add(await self._hashes(info))
 
-        await self._bucket.pace.for_all(fresh, read)
-        followed.read_s = now_s
-        # Those that the next listing shows again.
-        start = folder + log_start(now_s - SLACK_S)
-        seen = (*followed.seen, *(info.name for info in fresh))
-        followed.seen = {name for name in seen if name > start}
+        await self._bucket.pace.for_all(infos, read)
 
     async def _hashes(self, info: ObjectInfo) -> list[bytes]:
         """Chunks that an object of a log tells of."""
@@ -206,10 +226,26 @@ class Follower:
         self._meter.load_ended("refused")
         self._warn(_TOPIC, why)
 
-    def _let_go(self, namespace_name: str) -> None:
-        followed = self._followed.pop(namespace_name)
+    def _make_room(self) -> bool:
+        """Whether one more namespace can be followed; once in a while the one used least makes way."""
+        if len(self._followed) < NAMESPACES_MAX:
+            return True
+        now_s = asyncio.get_running_loop().time()
+        # Not what is being loaded, but what cannot be.
+        names = [
+            name
+            for name, each in self._followed.items()
+            if each.known is not None or now_s - each.since_s > ROOM_S
+        ]
+        if now_s < self._full_until_s or not names:
+            return False
+        self._full_until_s = now_s + ROOM_S
+        name = self._hints.used_least(names)
+        self._hints.forget(name)
+        followed = self._followed.pop(name)
         if followed.task is not None:
             followed.task.cancel()
+        return True
 
 
 def _load_modules() -> None:
@@ -218,12 +254,24 @@ def _load_modules() -> None:
         importlib.import_module(f"kvstore.index.{name}")
 
 
+class _Listed(NamedTuple):
+    """What a listing of a log has shown.
+
+    at_s   the store's time before it
+    fresh  objects that the one before has not shown
+    seen   names of objects that were shown, and that the next one shows again
+    """
+
+    at_s: float
+    fresh: tuple[ObjectInfo, ...] = ()
+    seen: frozenset[str] = frozenset()
+
+
 class _Followed:
     """How far a namespace's index is known.
 
     since_s     when it was first asked for, by the loop's clock
-    read_s      the store's time by which the log was listed last
-    seen        objects of the log that were read, and would be listed again
+    listed      how far its log was read
     """
 
     def __init__(self, since_s: float) -> None:
@@ -233,8 +281,7 @@ class _Followed:
         self.steps = 0
         self.generation = ""
         self.known: KnownSet | None = None
-        self.read_s = 0.0
-        self.seen: set[str] = set()
+        self.listed = _Listed(0.0)
 
     def done(self) -> None:
         """Whoever waits need not any more."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -11,8 +12,10 @@ from kvstore.keys import ChunkKey, namespace_name_of
 
 if TYPE_CHECKING:
     from kvstore.index.known import Base, KnownSet
+    from kvstore.index.rows import Words
 
-NAMESPACES_MAX = 16
+
+_BATCH = 4096
 
 
 class Hint(NamedTuple):
@@ -63,14 +66,24 @@ class Hints:
             self._sets.move_to_end(name)
             return Hint(known.leading([key.hash for key in keys]), known.complete)
 
-    def install(self, namespace_name: str, known: KnownSet) -> str | None:
-        """Know this of a namespace from now on; the name of one that there is no room for any more."""
+    def install(self, namespace_name: str, known: KnownSet) -> None:
+        """Know this of a namespace from now on."""
         with self._lock:
             earlier = self._sets.pop(namespace_name, None)
             if earlier is not None:
                 known.replaces(earlier)
             self._sets[namespace_name] = known
-            return self._sets.popitem(last=False)[0] if len(self._sets) > NAMESPACES_MAX else None
+
+    def used_least(self, names: Sequence[str]) -> str:
+        """Which of some namespaces was asked about longest ago; one of which nothing is known comes first."""
+        with self._lock:
+            asked = {name: number for number, name in enumerate(self._sets)}
+        return min(names, key=lambda name: asked.get(name, -1))
+
+    def forget(self, namespace_name: str) -> None:
+        """Know nothing of a namespace any more."""
+        with self._lock:
+            self._sets.pop(namespace_name, None)
 
     def add(self, namespace_name: str, hashes: Sequence[bytes]) -> None:
         """Chunks have been stored."""
@@ -89,11 +102,26 @@ class Hints:
         with self._lock:
             known = self._sets.get(namespace_name_of(key))
             if known is not None and known.leading([key.hash]):
-                known.discard([key.hash])
+                known.discard(_words([key.hash]))
                 self._stale += 1
 
     def drop(self, hashes: Collection[bytes]) -> None:
         """Chunks, of any namespace, are about to be removed."""
         with self._lock:
-            for known in self._sets.values():
-                known.discard(list(hashes))
+            sets = list(self._sets.values())
+        if not sets:
+            return
+        words = _words(hashes)
+        for known in sets:
+            for first in range(0, len(words), _BATCH):
+                # Bit by bit: an engine's thread may be waiting to ask.
+                with self._lock:
+                    known.discard(words[first : first + _BATCH])
+                time.sleep(0)
+
+
+def _words(hashes: Collection[bytes]) -> Words:
+    # Loads numpy, which a store without an index does without.
+    from kvstore.index.known import words_of
+
+    return words_of(list(hashes))

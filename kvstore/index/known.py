@@ -7,6 +7,7 @@ chunks for present that are not. What is known is a hint: who acts on it finds o
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -78,14 +79,19 @@ class SortedWords:
 
     def with_more(self, words: Words, without: Words, bytes_max: int, /) -> Base:
         """See Base."""
-        kept = self._words[~np.isin(self._words, without)] if len(without) else self._words
-        own = kept[~np.isin(kept, words)]
+        # With little more memory than both sets take.
+        kept = np.ones(len(self._words), np.bool_)
+        for others in (words, without):
+            at = np.searchsorted(self._words, others)
+            inside = at < len(self._words)
+            at = at[inside]
+            kept[at[self._words[at] == others[inside]]] = False
+        own = self._words if kept.all() else self._words[kept]
         base = base_for(len(own) + len(words), bytes_max)
-        if isinstance(base, SortedWords):
-            base.put(0, np.insert(own, np.searchsorted(own, words), words))
-        else:
-            base.put(0, own)
-            base.put(0, words)
+        edges = [0, *np.searchsorted(words, own[_BATCH::_BATCH]).tolist(), len(words)]
+        for number, (first, last) in enumerate(pairwise(edges)):
+            part, more = own[number * _BATCH :][:_BATCH], words[first:last]
+            base.put(number * _BATCH + first, np.insert(part, np.searchsorted(part, more), more))
         return base
 
 
@@ -182,10 +188,12 @@ class KnownSet:
             if (gone or not known) and len(self._news) < 2 * NEWS_MAX:
                 self._news.add(word)
 
-    def discard(self, hashes: Sequence[bytes]) -> None:
-        """Chunks were found not to be there, or are about to be removed."""
-        for word in words_of(hashes).tolist():
-            self._news.discard(word)
+    def discard(self, words: Words) -> None:
+        """Chunks were found not to be there, or are about to be removed. Unknown ones are passed over."""
+        known = set(words[self._base.has(words)].tolist())
+        known |= self._news.intersection(words.tolist()) if self._news else set()
+        self._news -= known
+        for word in known:
             self._gone[word] = None
             if len(self._gone) > GONE_MAX:
                 del self._gone[next(iter(self._gone))]

@@ -174,8 +174,16 @@ class IndexLog:
                 if written:
                     self._meter.written(waiting.kind, len(records))
                 else:
-                    # With the next. Those that came meanwhile may find no room.
-                    waiting.records[namespace_name] = records + waiting.records.get(namespace_name, [])
+                    self._put_back(waiting, namespace_name, records)
+
+    def _put_back(self, waiting: _Waiting, namespace_name: str, records: list[Any]) -> None:
+        """Have records written with the next. Some that came meanwhile find no room."""
+        records += waiting.records.pop(namespace_name, [])
+        room = max(0, WAITING_MAX - waiting.count)
+        if room < len(records):
+            self._meter.dropped(waiting.kind, len(records) - room)
+        if room:
+            waiting.records[namespace_name] = records[:room]
 
     async def _append(self, place: Place, kind: str, data: bytes) -> None:
         self._number += 1

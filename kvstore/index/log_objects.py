@@ -11,12 +11,13 @@ import numpy as np
 from kvstore.backends.contract import ObjectInfo
 from kvstore.gc.chunks import HASH_BYTES
 from kvstore.index.bucket import IndexBucket
-from kvstore.index.columns import Rows, read_rows, seal_rows
+from kvstore.index.columns import Rows, read_rows, seal_rows, sealed_bytes_max
 from kvstore.index.names import STORED, TOUCHED, Place, log_folder, parse_log
 from kvstore.index.records import StoredRecord
 from kvstore.index.rows import ROWS, Touched, hash_columns
 
-_OBJECT_BYTES_MAX = 1 << 24
+# A node writes no more into one, as no more wait: who follows a log reads several at once.
+ROWS_MAX = 1 << 16
 _FIELDS = ("hash", "parent", "version", "depth", "tokens", "object_bytes")
 _STORED: np.dtype[Any] = np.dtype([(field, ROWS[field]) for field in _FIELDS])
 _TOUCHED = np.dtype([("hash", "u1", HASH_BYTES)])
@@ -50,7 +51,7 @@ async def list_logs(bucket: IndexBucket, namespace_name: str = "") -> dict[Place
 
 async def read_stored(bucket: IndexBucket, info: ObjectInfo) -> Rows:
     """The rows that one object of a log tells of. Raises RefusedIndexError."""
-    told = read_rows(info.name, await _read(bucket, info), STORED, _STORED)
+    told = read_rows(info.name, await _read(bucket, info), STORED, _STORED, rows_max=ROWS_MAX)
     rows = np.zeros(len(told), ROWS)
     for field in _FIELDS:
         rows[field] = told[field]
@@ -60,9 +61,9 @@ async def read_stored(bucket: IndexBucket, info: ObjectInfo) -> Rows:
 
 async def read_touched(bucket: IndexBucket, info: ObjectInfo) -> Touched:
     """What one object of a log tells of loads. Raises RefusedIndexError."""
-    rows = read_rows(info.name, await _read(bucket, info), TOUCHED, _TOUCHED)
+    rows = read_rows(info.name, await _read(bucket, info), TOUCHED, _TOUCHED, rows_max=ROWS_MAX)
     return Touched(rows["hash"].tobytes(), info.modified_s)
 
 
 async def _read(bucket: IndexBucket, info: ObjectInfo) -> bytes:
-    return await bucket.read(info.name, min(info.object_bytes, _OBJECT_BYTES_MAX))
+    return await bucket.read(info.name, min(info.object_bytes, sealed_bytes_max(ROWS_MAX * _STORED.itemsize)))

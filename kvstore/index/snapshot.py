@@ -7,6 +7,7 @@ is never changed. Whoever writes one gives it a generation of its own, and its m
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
@@ -24,6 +25,7 @@ from kvstore.index.columns import (
     read_rows,
     seal_map,
     seal_rows,
+    sealed_bytes_max,
 )
 from kvstore.index.names import (
     MANIFEST,
@@ -40,7 +42,9 @@ from kvstore.index.rows import FINGERPRINT_BYTES, ROWS, Words, find, fingerprint
 _log = logging.getLogger("kvstore.index")
 PART_ROWS = 1 << 17
 PARTS_MAX = 1 << 14
-_PART_BYTES_MAX = 1 << 28
+# Facts tell of parents by the row.
+_ROWS_MAX = 1 << 31
+_MANIFEST_BYTES_MAX = 1 << 20
 _FINGERPRINTS, _FACTS = "fingerprints", "facts"
 _FIELDS = ("version", "depth", "tokens", "object_bytes", "stored_s", "touched_s", "touches")
 _FINGERPRINT = np.dtype([("fingerprint", "<u8")])
@@ -113,11 +117,15 @@ async def write_snapshot(bucket: IndexBucket, place: Place, rows: Rows, through_
 
 
 async def snapshots(
-    bucket: IndexBucket, place: Place, refused: Callable[[str], object] = _log.warning
+    bucket: IndexBucket,
+    place: Place,
+    refused: Callable[[str], object] = _log.warning,
+    until_s: float = math.inf,
 ) -> AsyncGenerator[Snapshot]:
     """Those of a place that are whole, the newest first.
 
     refused  told of those that cannot be read
+    until_s  later ones are passed over: the store's clock was wrong
     """
     folder = snapshots_folder(bucket.prefix, place)
     manifests: dict[str, int] = {}
@@ -126,19 +134,25 @@ async def snapshots(
         if found is not None and found.file == MANIFEST:
             manifests[found.generation] = info.object_bytes
     for generation in sorted(manifests, reverse=True):
+        if through_of(generation) > until_s:
+            refused(f"the snapshot {generation} of {place} is of a time to come, and counts as absent")
+            continue
         name = snapshot_name(bucket.prefix, place, generation, MANIFEST)
         try:
-            data = await bucket.read(name, min(manifests[generation], _PART_BYTES_MAX))
+            data = await bucket.read(name, min(manifests[generation], _MANIFEST_BYTES_MAX))
             yield Snapshot(place, generation, _parts(name, data))
         except RefusedIndexError as error:
             refused(str(error))
 
 
 async def newest_snapshot(
-    bucket: IndexBucket, place: Place, refused: Callable[[str], object] = _log.warning
+    bucket: IndexBucket,
+    place: Place,
+    refused: Callable[[str], object] = _log.warning,
+    until_s: float = math.inf,
 ) -> Snapshot | None:
     """The newest of a place that is whole; see `snapshots`."""
-    async with aclosing(snapshots(bucket, place, refused)) as found:
+    async with aclosing(snapshots(bucket, place, refused, until_s)) as found:
         return await anext(found, None)
 
 
@@ -259,9 +273,21 @@ def _parts(name: str, data: bytes) -> tuple[Part, ...]:
     if len(parts) > PARTS_MAX or not all(
         isinstance(part, list)
         and len(part) == len(fields(Part))
-        and all(type(value) is int and 0 < value <= _PART_BYTES_MAX for value in part)
-        and part[0] <= ROWS_MAX
+        and all(type(value) is int and value > 0 for value in part)
+        and _is_possible(Part(*part))
         for part in parts
     ):
         raise RefusedIndexError(f"{name} is not what kvstore writes; remove it")
+    if sum(part[0] for part in parts) >= _ROWS_MAX:
+        raise RefusedIndexError(f"{name} is of more chunks than a snapshot can be; remove it")
     return tuple(Part(*part) for part in parts)
+
+
+def _is_possible(part: Part) -> bool:
+    """Whether its objects are no larger than their rows can make them: who reads them allocates that."""
+    fact_bytes = _FACT.itemsize + _OTHER_PARENT.itemsize
+    return (
+        part.rows <= ROWS_MAX
+        and part.fingerprint_bytes <= sealed_bytes_max(part.rows * _FINGERPRINT.itemsize)
+        and part.fact_bytes <= sealed_bytes_max(part.rows * fact_bytes)
+    )

@@ -20,6 +20,8 @@ from kvstore.gc.paced_backend import PacedBackend
 from kvstore.gc.policy import Policy
 from kvstore.gc.store_clock import StoreClock
 from kvstore.gc.watch import SWEEP_S
+from kvstore.index.bucket import IndexBucket
+from kvstore.index.compaction import remove_index
 from kvstore.keys import namespace_document_name, namespace_folder, parse_object_name
 from kvstore.upkeep.findings import Kind
 from kvstore.upkeep.inspection import DamagedObjectError, read_header
@@ -62,6 +64,7 @@ class Removal:
         self._prefix = prefix
         self._name = name
         self._backend = PacedBackend(backend, pace)
+        self._bucket = IndexBucket(backend, prefix, pace)
         self._collector = Collector(
             backend, prefix, _EVERYTHING, clock=clock, pace=pace, leases=leases, only=name, force=True
         )
@@ -137,10 +140,11 @@ class Removal:
         done.gone = not done.left and not done.foreign
         if done.gone:
             if documented:
-                # It goes with what is kept of the namespace's headers.
+                # Collections remove the document of a namespace without chunks.
                 await self._collector.run()
             touches = self._backend.list(f"{touches_folder(self._prefix)}{self._name}/")
             await self._remove([info.name async for info in touches])
+            await remove_index(self._bucket, self._name)
 
     async def _is_damaged(self, name: str) -> bool:
         try:

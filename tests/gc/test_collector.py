@@ -68,6 +68,20 @@ def test_a_look_changes_nothing_but_the_index(bucket):
     assert bucket.names() == after
 
 
+def test_whoever_may_only_read_may_look(caplog):
+    class ReadOnly(MemoryBackend):
+        async def put(self, name, parts, *, if_absent):
+            raise MisconfiguredError("403")
+
+    objects = {}
+    Bucket(lambda: MemoryBackend(objects)).fill(chain(5))
+    look = Bucket(lambda: ReadOnly(objects)).look()
+    assert (len(look.plan.rows), look.inventory.headers_read, look.inventory.failed) == (5, 5, {})
+    assert "is not kept: 403" in caplog.text
+    with pytest.raises(MisconfiguredError, match="403"):
+        Bucket(lambda: ReadOnly(objects)).collect()
+
+
 def test_a_header_is_read_again_when_its_object_was_replaced(bucket):
     chunks = bucket.fill(chain(2))
     bucket.look()

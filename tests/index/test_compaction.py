@@ -57,9 +57,13 @@ class Bucket:
 
         before = set(self.objects)
         result = asyncio.run(opened())
+        self.stamp(before)
+        return result
+
+    def stamp(self, before):
+        """Have what was not there before written now."""
         for name in self.objects.keys() - before:
             self.objects[name] = replace(self.objects[name], modified_s=self.now_s)
-        return result
 
     def put(self, name, data):
         self.number += 1
@@ -226,15 +230,114 @@ def test_what_nobody_needs_any_more_is_removed_and_foreign_objects_are_not():
         return {name.split("/")[4] for name in index if "/README" not in name}
 
     assert remove() == {first.generation, second.generation}
-    assert len(bucket.names(log_folder(PREFIX, PLACE))) == 1
+    # Whoever reads on from the first one needs what was logged since.
+    assert len(bucket.names(log_folder(PREFIX, PLACE))) == 2
     bucket.now_s += MARGIN_S + 1
     assert remove() == {second.generation}
+    assert len(bucket.names(log_folder(PREFIX, PLACE))) == 1
     assert bucket.names(log_folder(PREFIX, lost))
     bucket.now_s += ABANDONED_S
     remove()
     assert not bucket.names(log_folder(PREFIX, lost))
     assert set(foreign) <= set(bucket.objects)
     assert len(bucket.rows()) == 5
+
+
+def test_what_is_kept_does_not_grow_with_the_number_of_collections():
+    bucket = Bucket()
+    bucket.store(KEYS[:3])
+    kept = []
+    for _ in range(12):
+        bucket.now_s += 3600.0
+        bucket.touch(KEYS[:2])
+        bucket.now_s += 60.0
+        bucket.rebuild()
+        # A sweep takes some minutes.
+        bucket.now_s += 330.0
+        bucket.run(lambda b: remove_covered(b, bucket.now_s, namespaces=[NAMESPACE.name]))
+        generations = {name.split("/")[4] for name in bucket.names(snapshots_folder(PREFIX, PLACE))}
+        kept.append((len(generations), len(bucket.names(log_folder(PREFIX, PLACE)))))
+    assert max(kept[2:]) <= (3, 3)
+    assert {row["touches"] for row in bucket.rows()} == {0, 12}
+
+
+def test_collections_that_overlap_lose_no_load_to_each_other():
+    bucket = Bucket()
+    bucket.store(KEYS[:2])
+    bucket.compact()
+    bucket.now_s += ABANDONED_S
+    bucket.touch(KEYS[:1])
+    bucket.now_s += 2 * MARGIN_S
+
+    class Overtaken(MemoryBackend):
+        """By another collection, all of it, before the log is read."""
+
+        async def read_into(self, name, offset, out, *, if_match=None):
+            if name.endswith(".touched"):
+                before = set(bucket.objects)
+                other = IndexBucket(bucket.backend, PREFIX, Pace(1e6, 8, Retries()))
+                await compact(other, PLACE, (await list_logs(other))[PLACE], bucket.now_s)
+                bucket.stamp(before)
+                await remove_covered(other, bucket.now_s)
+            return await super().read_into(name, offset, out, if_match=if_match)
+
+    async def slow(own):
+        own = IndexBucket(Overtaken(bucket.objects), PREFIX, own.pace)
+        return await compact(own, PLACE, (await list_logs(own))[PLACE], bucket.now_s + 60.0)
+
+    newest = bucket.run(slow)
+    assert bucket.run(lambda b: newest_snapshot(b, PLACE)) == newest
+    assert {bytes(row["hash"]): row["touches"] for row in bucket.rows()}[KEYS[0].hash] == 1
+
+
+def test_a_load_that_is_told_of_to_the_second_right_behind_the_listing_is_the_next_snapshots():
+    bucket = Bucket()
+    bucket.store(KEYS[:1])
+    bucket.now_s += 1000.7
+    bucket.compact()
+    bucket.touch(KEYS[:1])
+    (name,) = (name for name in bucket.names(log_folder(PREFIX, PLACE)) if name.endswith("touched"))
+    bucket.objects[name] = replace(bucket.objects[name], modified_s=BEGAN_S + 1000.0)
+    bucket.now_s += 1000.0
+    bucket.compact()
+    assert bucket.rows()["touches"].tolist() == [1]
+
+
+def test_a_damaged_snapshot_is_replaced_before_the_one_that_it_replaced_goes():
+    bucket = Bucket()
+    bucket.store(KEYS[:3])
+    bucket.now_s += 400.0
+    bucket.touch(KEYS[:1])
+    bucket.now_s += 2 * MARGIN_S
+    bucket.rebuild()
+    bucket.now_s += 400.0
+    damaged = bucket.compact()
+    name = f"{snapshots_folder(PREFIX, PLACE)}{damaged.generation}/0000.facts"
+    bucket.objects[name] = replace(bucket.objects[name], data=b"nonsense")
+    for _ in range(3):
+        bucket.now_s += 2 * MARGIN_S
+        assert bucket.rebuild() == 0
+        bucket.run(lambda b: remove_covered(b, bucket.now_s, namespaces=[NAMESPACE.name]))
+    assert sorted(bucket.rows()["touches"].tolist()) == [0, 0, 1]
+
+
+def test_p10_a_snapshot_of_a_store_whose_clock_was_ahead_hides_no_loads_told_of_since():
+    bucket = Bucket()
+    bucket.store(KEYS[:2])
+    bucket.now_s += 400.0
+    bucket.compact()
+    bucket.now_s += 5 * 3600.0
+    ahead = bucket.compact()
+    # Somebody has set it right.
+    bucket.now_s -= 5 * 3600.0
+    for _ in range(3):
+        bucket.now_s += 1800.0
+        bucket.touch(KEYS[:1])
+        bucket.now_s += 60.0
+        assert bucket.rebuild() == 0
+        bucket.run(lambda b: remove_covered(b, bucket.now_s, namespaces=[NAMESPACE.name]))
+    assert not any(ahead.generation in name for name in bucket.objects)
+    assert sorted(bucket.rows()["touches"].tolist()) == [0, 3]
 
 
 @pytest.mark.parametrize(

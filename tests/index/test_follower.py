@@ -10,6 +10,7 @@ import virtual_time
 from chunk_samples import TINY_LAYOUT, tiny_keys, tiny_namespace
 from samples import Gate, ScriptedBackend
 
+from kvstore.backends.memory import StoredObject
 from kvstore.errors import RetryableError
 from kvstore.gc.pace import Pace
 from kvstore.index import follower as follower_module
@@ -22,6 +23,7 @@ from kvstore.index.names import Place, log_file, log_folder, snapshots_folder
 from kvstore.index.records import StoredRecord
 from kvstore.index.rows import ROWS, sorted_rows
 from kvstore.index.snapshot import in_place, write_snapshot
+from kvstore.keys import object_name
 from kvstore.lookup import Lookups
 from kvstore.metrics import Metrics
 from kvstore.presence import Presence
@@ -210,26 +212,98 @@ def test_what_is_known_is_kept_where_a_newer_snapshot_is_damaged():
     assert run(scenario) == (Hint(4, complete=True), {"loaded": 1, "refused": 1})
 
 
+def lookups_of(lab):
+    return Lookups(
+        backend=lab.backend,
+        backend_off=lambda: False,
+        prefix=PREFIX,
+        shard=PLACE.shard,
+        memory=None,
+        disk=None,
+        presence=Presence(60.0, lab.hints),
+        metrics=Metrics(),
+        warn=WarnRarely(logging.getLogger("kvstore")),
+        follower=lab.follower,
+    )
+
+
+@pytest.mark.parametrize("stored", [0, 211, 511, 512])
+@pytest.mark.parametrize("indexed", [False, True])
+def test_the_first_lookup_of_512_chunks_takes_four_round_trips_with_and_without_an_index(stored, indexed):
+    keys = tiny_keys(NAMESPACE, 512)
+
+    async def scenario(lab):
+        for key in keys[:stored]:
+            lab.backend.objects[object_name(PREFIX, key, PLACE.shard)] = StoredObject(b"x", "x", 0.0)
+        if indexed and stored:
+            await lab.snapshot(keys[: stored // 2])
+            await lab.log(keys[stored // 2 : stored])
+        loop = asyncio.get_running_loop()
+
+        async def travel(call=None):
+            await asyncio.sleep(0.02)
+
+        async def clock_s(store_s=lab.store_s):
+            await travel()
+            return await store_s()
+
+        lab.backend.clock_s = clock_s
+        for operation in ("list", "get", "head"):
+            lab.backend.when(operation, travel)
+        began_s = loop.time()
+        result = await lookups_of(lab).run(keys, 10.0)
+        heads = lab.backend.count("head")
+        return result.chunks, (loop.time() - began_s) / 0.02, heads
+
+    chunks, trips, heads = run(scenario)
+    assert chunks == stored
+    behind = 1 if 0 < stored < 512 else 0
+    if indexed and stored:
+        assert heads == behind
+    # Whether there is more than the index knows is one more.
+    assert trips <= 4.2 + (behind if indexed else 0)
+
+
+def test_more_namespaces_than_are_followed_do_not_take_turns_in_loading(monkeypatch):
+    monkeypatch.setattr(follower_module, "NAMESPACES_MAX", 2)
+    names = [str(number) * 16 for number in range(1, 6)]
+
+    async def scenario(lab):
+        for _ in range(20):
+            for name in names:
+                await lab.follower.wait_loaded(name, 600.0)
+        followed = list(lab.follower._followed)
+        lists = lab.backend.count("list")
+        await asyncio.sleep(follower_module.ROOM_S)
+        await lab.follower.wait_loaded(names[4], 600.0)
+        return followed, lists, list(lab.follower._followed)
+
+    followed, lists, later = run(scenario)
+    assert followed == [names[1], names[2]]
+    assert lists <= 3 * 3
+    assert later == [names[2], names[4]]
+
+
+def test_namespaces_that_cannot_be_read_are_bounded(monkeypatch):
+    monkeypatch.setattr(follower_module, "NAMESPACES_MAX", 2)
+
+    async def scenario(lab):
+        lab.backend.when("list", RetryableError("503"))
+        for number in range(10, 30):
+            await lab.follower.wait_loaded(f"{number:016x}", 600.0)
+            await asyncio.sleep(follower_module.ROOM_S)
+        return len(lab.follower._followed)
+
+    assert run(scenario) == 2
+
+
 def test_p8_a_lookup_that_waits_for_the_index_keeps_to_its_deadline():
     async def scenario(lab):
         lab.backend.when("list", Gate())
         lab.backend.when("head", Gate())
-        warn = WarnRarely(logging.getLogger("kvstore"))
-        lookups = Lookups(
-            backend=lab.backend,
-            backend_off=lambda: False,
-            prefix=PREFIX,
-            shard=PLACE.shard,
-            memory=None,
-            disk=None,
-            presence=Presence(60.0, lab.hints),
-            metrics=Metrics(),
-            warn=warn,
-            follower=lab.follower,
-        )
         loop = asyncio.get_running_loop()
         began_s = loop.time()
-        result = await lookups.run(KEYS, 1.0)
+        result = await lookups_of(lab).run(KEYS, 1.0)
         return result.chunks, loop.time() - began_s
 
     assert run(scenario) == (0, pytest.approx(1.0))
@@ -292,7 +366,7 @@ def test_so_many_news_are_settled(monkeypatch):
 
 
 def test_of_many_namespaces_those_used_last_are_followed(monkeypatch):
-    monkeypatch.setattr("kvstore.index.hints.NAMESPACES_MAX", 2)
+    monkeypatch.setattr(follower_module, "NAMESPACES_MAX", 2)
 
     async def scenario(lab):
         for name in ("1" * 16, "2" * 16, "3" * 16):

@@ -1,6 +1,7 @@
 """What a node knows to be there, against a set."""
 
 import random
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -8,7 +9,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from kvstore.index import hints as hints_module
 from kvstore.index import known
+from kvstore.index.hints import Hints
 from kvstore.index.known import Filter, KnownSet, SortedWords, base_for, words_of
 
 ROOMY = 1 << 20
@@ -46,7 +49,7 @@ class KnownMachine(RuleBasedStateMachine):
     @rule(numbers=numbers)
     def discard(self, numbers):
         self.oracle -= set(numbers)
-        self.known.discard([hash_of(n) for n in numbers])
+        self.known.discard(words_of([hash_of(n) for n in numbers]))
 
     @rule(meanwhile=numbers, gone=numbers)
     def settle(self, meanwhile, gone):
@@ -79,7 +82,7 @@ def test_only_leading_chunks_count():
     assert some.leading(hashes) == 2
     some.add([hashes[2]])
     assert some.leading(hashes) == 4
-    some.discard([hashes[0]])
+    some.discard(words_of([hashes[0]]))
     assert some.leading(hashes) == 0
     assert some.leading([]) == 0
 
@@ -87,7 +90,7 @@ def test_only_leading_chunks_count():
 def test_what_is_gone_is_not_brought_back_by_the_next_snapshot_but_by_whoever_stores_it():
     hashes = [hash_of(n) for n in range(3)]
     first = KnownSet(base_of(hashes), ROOMY, complete=True)
-    first.discard(hashes[1:])
+    first.discard(words_of(hashes[1:]))
     second = KnownSet(base_of(hashes), ROOMY, complete=True)
     second.replaces(first)
     assert second.leading(hashes) == 1
@@ -121,10 +124,53 @@ def test_news_that_no_longer_fit_turn_it_into_a_filter(monkeypatch):
     assert some.leading(hashes) == 400
 
 
+def test_taking_news_in_takes_little_more_memory_than_what_is_known_before_and_after():
+    source = np.random.default_rng(1)
+    words = np.unique(source.integers(0, 1 << 63, 500_000, dtype=np.uint64))
+    base, news, gone = SortedWords(len(words)), np.sort(words[::1000] + np.uint64(1)), words[5::777]
+    base.put(0, words)
+    tracemalloc.start()
+    try:
+        more = base.with_more(news, gone, 1 << 26)
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 2.5 * base.nbytes
+    assert more.nbytes == 8 * (len(words) + len(news) - len(gone))
+    assert more.has(news).all()
+    assert not more.has(gone).any()
+    assert more.has(words).sum() == len(words) - len(gone)
+
+
 def test_memory_is_bounded_where_nobody_settles(monkeypatch):
     monkeypatch.setattr(known, "NEWS_MAX", 10)
     monkeypatch.setattr(known, "GONE_MAX", 10)
-    some = KnownSet(SortedWords(0), ROOMY, complete=True)
+    there = [hash_of(n) for n in range(1000, 1100)]
+    some = KnownSet(base_of(there), ROOMY, complete=True)
     some.add([hash_of(n) for n in range(100)])
-    some.discard([hash_of(n) for n in range(1000, 1100)])
-    assert some.nbytes <= 30 * 100
+    some.discard(words_of(there))
+    assert some.nbytes <= 8 * 100 + 30 * 100
+
+
+def test_a_sweep_of_many_chunks_holds_up_nobody_who_asks(monkeypatch):
+    monkeypatch.setattr(hints_module, "_BATCH", 4)
+    hashes = [hash_of(n) for n in range(10)]
+    hints, taken = Hints(), []
+
+    class Watched(KnownSet):
+        def discard(self, words):
+            assert hints._lock.locked()
+            taken.append(len(words))
+            super().discard(words)
+
+    some = Watched(base_of(hashes), ROOMY, complete=True)
+    hints.install("0" * 16, some)
+    hints.drop(hashes[1:])
+    assert taken == [4, 4, 1]
+    assert some.leading(hashes) == 1
+
+
+def test_what_other_namespaces_lose_takes_no_memory():
+    some = KnownSet(base_of([hash_of(1)]), ROOMY, complete=True)
+    some.discard(words_of([hash_of(n) for n in range(1000, 1100)]))
+    assert some.nbytes == 8

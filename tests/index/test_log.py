@@ -12,7 +12,8 @@ from samples import Gate, ScriptedBackend
 from kvstore.errors import RetryableError
 from kvstore.gc.pace import Pace
 from kvstore.index import log as log_module
-from kvstore.index.bucket import IndexBucket
+from kvstore.index import log_objects
+from kvstore.index.bucket import IndexBucket, RefusedIndexError
 from kvstore.index.log import RETELL_S, STORED_S, TOUCHED_S, IndexLog, StoreTime
 from kvstore.index.log_objects import list_logs, read_stored, read_touched
 from kvstore.index.names import Place, parse_log
@@ -177,6 +178,45 @@ def test_memory_is_bounded_and_what_is_dropped_is_counted(monkeypatch):
         return +lab.meter.count, len(lab.log._told_s)
 
     assert run(scenario) == ({("stored", "dropped"): 3, ("touched", "dropped"): 3}, 4)
+
+
+def test_memory_is_bounded_while_what_waits_is_being_written_in_vain(monkeypatch):
+    monkeypatch.setattr(log_module, "WAITING_MAX", 4)
+
+    async def scenario(lab):
+        async def fail(call):
+            # Chunks are stored all the while.
+            for key in KEYS[:4]:
+                lab.log.note_stored(key, 100, "e")
+            raise RetryableError("503")
+
+        lab.backend.when("put", fail)
+        for key in KEYS[:4]:
+            lab.log.note_stored(key, 100, "e")
+        for _ in range(5):
+            await lab.log.flush()
+        waiting = lab.log._stored.count
+        lab.backend.forget()
+        await lab.log.flush()
+        return waiting, sum(lab.meter.count.values())
+
+    waiting, counted = run(scenario)
+    assert waiting == 4
+    assert counted % 4 == 0
+
+
+def test_p11_an_object_with_more_records_than_a_node_writes_is_refused(monkeypatch):
+    async def scenario(lab):
+        for key in KEYS[:3]:
+            lab.log.note_stored(key, 100, "e")
+        await lab.log.flush()
+        (info,) = (await list_logs(lab.bucket))[PLACE]
+        assert len(await read_stored(lab.bucket, info)) == 3
+        monkeypatch.setattr(log_objects, "ROWS_MAX", 2)
+        with pytest.raises(RefusedIndexError, match="remove it"):
+            await read_stored(lab.bucket, info)
+
+    run(scenario)
 
 
 def test_closing_writes_what_is_left():

@@ -139,6 +139,16 @@ def test_a_later_format_is_refused_and_said(store):
     assert "has format 2, and this version knows 1; update it" in told[0]
 
 
+def test_p11_a_manifest_of_more_chunks_than_can_be_is_refused(store):
+    store.write(random_rows(8, 3))
+    name = next(name for name in store.objects if name.endswith("manifest"))
+    fields = {"format": 1, "kind": "manifest", "parts": [[1 << 20, 1000, 1000]] * (1 << 14)}
+    store.objects[name] = replace(store.objects[name], data=sealed(msgpack.packb(fields)))
+    found, told = store.found()
+    assert found == []
+    assert "more chunks than a snapshot can be" in told[0]
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -148,6 +158,8 @@ def test_a_later_format_is_refused_and_said(store):
         {"format": 1, "kind": "manifest", "parts": [[1, 2]]},
         {"format": 1, "kind": "manifest", "parts": [[1, 2, -3]]},
         {"format": 1, "kind": "manifest", "parts": [[1 << 27, 2, 3]]},
+        {"format": 1, "kind": "manifest", "parts": [[1000, 1 << 20, 3]]},
+        {"format": 1, "kind": "manifest", "parts": [[1000, 3, 1 << 20]]},
         {"format": 1, "kind": "manifest", "parts": "parts"},
         {"format": 1, "kind": "facts", "parts": []},
         {"format": True, "kind": "manifest", "parts": []},

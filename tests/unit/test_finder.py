@@ -1,6 +1,7 @@
 import asyncio
 from concurrent.futures import Future
 
+import numpy as np
 import pytest
 from journal_samples import wait_until
 from samples import LAYOUT, PREFIX, ScriptedBackend, chain_of, settings_of
@@ -10,6 +11,7 @@ from kvstore.errors import RetryableError, StoreClosedError
 from kvstore.finder import ChunkFinder
 from kvstore.gc.names import Announcement, Span, touches_folder
 from kvstore.gc.records import read_hashes, seal_hashes
+from kvstore.index.known import KnownSet, base_for, words_of
 from kvstore.keys import object_name
 from kvstore.layout import Shard
 
@@ -160,3 +162,25 @@ def test_p6_what_is_known_to_be_present_counts_as_used_each_time(finder):
         looked._loop.run(watch.read())
     assert told(backend, SHARDS[1]) == {key.hash for key in CHAIN.keys[2:5]}
     assert not told(backend, SHARDS[0])
+
+
+def test_p6_of_chunks_that_an_engine_has_and_will_not_load_the_index_is_not_believed(finder):
+    backend = Listed(objects_of(6, 6))
+    # Nothing replaces what it takes for known here.
+    looked = finder(backend, index_bytes=0)
+    for lookups in looked._lookups:
+        base = base_for(6, 1 << 20)
+        base.put(0, np.sort(words_of([key.hash for key in CHAIN.keys])))
+        lookups.presence.hints.install(CHAIN.namespace.name, KnownSet(base, 1 << 20, complete=True))
+    assert looked.begin(CHAIN.keys).result() == 6
+    assert looked.begin(CHAIN.keys, 4).result(PATIENCE_S) == 6
+    heads = backend.heads
+    assert looked.begin(CHAIN.keys, 4).result() == 6
+    assert backend.heads == heads
+    for key in CHAIN.keys[2:]:
+        del backend.names[object_name(PREFIX, key, SHARDS[1])]
+    looked.note_missed(CHAIN.keys[5:])
+    for lookups in looked._lookups:
+        lookups.presence.forget(CHAIN.keys)
+    assert looked.begin(CHAIN.keys[:5]).result() == 5
+    assert looked.begin(CHAIN.keys[:5], 5).result(PATIENCE_S) == 2

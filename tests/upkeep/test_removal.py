@@ -16,6 +16,7 @@ from kvstore.gc.pace import Pace
 from kvstore.gc.pins import pin
 from kvstore.gc.records import seal_hashes
 from kvstore.gc.store_clock import StoreClock
+from kvstore.index.names import log_folder, snapshots_folder
 from kvstore.keys import namespace_document_name, namespace_folder
 from kvstore.retries import Retries
 from kvstore.upkeep.removal import Removal, Removed
@@ -77,6 +78,8 @@ def test_all_of_a_namespace_goes_and_nothing_else(bucket):
     left = [name for name in bucket.names(gc_folder(PREFIX)) if OTHER.name not in name]
     assert left
     assert all(name.startswith(f"{gc_folder(PREFIX)}leases/") for name in left)
+    index = [*bucket.names(snapshots_folder(PREFIX)), *bucket.names(log_folder(PREFIX))]
+    assert not [name for name in index if OTHER.name not in name]
 
 
 def test_a_look_removes_nothing(bucket):
