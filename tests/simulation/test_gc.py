@@ -50,7 +50,7 @@ def _note_nothing(self, keys):
     ("broken", "seed"),
     [
         ([(collector, "np", DeepestLast())], 1),
-        ([(collector, "SETTLE_S", 1.0)], 11),
+        ([(collector, "SETTLE_S", 1.0)], 49),
         # The log of loads tells collectors of most uses, too.
         ([(MarkWatch, "_tell", _tell_nothing), (IndexLog, "note_touched", _note_nothing)], 19),
     ],
