@@ -304,6 +304,23 @@ def test_a_load_that_is_told_of_to_the_second_right_behind_the_listing_is_the_ne
     assert bucket.rows()["touches"].tolist() == [1]
 
 
+def test_p10_a_snapshot_is_not_lost_to_a_store_whose_clock_is_behind():
+    bucket = Bucket()
+    bucket.store(KEYS[:2])
+    bucket.now_s += 1000.0
+    bucket.touch(KEYS[:1])
+    touched_s = bucket.now_s
+    bucket.now_s += 1000.0
+    bucket.compact()
+    bucket.forget(log_folder(PREFIX))
+    for hours in (-5, 5):
+        bucket.now_s += hours * 3600.0 + 100.0
+        bucket.run(lambda b: remove_covered(b, bucket.now_s, namespaces=[NAMESPACE.name]))
+        assert bucket.rebuild() == 0
+        bucket.run(lambda b: remove_covered(b, bucket.now_s, namespaces=[NAMESPACE.name]))
+        assert sorted(bucket.rows()["touched_s"].tolist()) == [0, touched_s]
+
+
 def test_what_is_listed_late_is_in_the_next_snapshot():
     bucket = Bucket()
     bucket.store(KEYS[:1])
