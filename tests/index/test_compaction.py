@@ -319,6 +319,7 @@ def test_p10_a_snapshot_is_not_lost_to_a_store_whose_clock_is_behind():
         assert bucket.rebuild() == 0
         bucket.run(lambda b: remove_covered(b, bucket.now_s, namespaces=[NAMESPACE.name]))
         assert sorted(bucket.rows()["touched_s"].tolist()) == [0, touched_s]
+        assert bucket.run(lambda b: newest_snapshot(b, PLACE)).through_s < bucket.now_s
 
 
 def test_what_is_listed_late_is_in_the_next_snapshot():
