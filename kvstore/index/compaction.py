@@ -46,7 +46,8 @@ class Told:
     rows      sorted by hash, from the snapshot and from what a log tells of chunks stored since
     touched   what it tells of loads since, of these chunks or others, that is not in the rows
     snapshot  what they began with, if there is one
-    news      whether that is more than the newest snapshot tells: the log adds to it, or it is damaged
+    news      whether that is more than the newest snapshot tells: the log adds to it, or it is damaged,
+              or of a time to come
     """
 
     rows: Rows
@@ -75,7 +76,7 @@ async def read_index(bucket: IndexBucket, place: Place, log: Iterable[ObjectInfo
     """
     rows, found = np.empty(0, ROWS), None
     refused: list[str] = []
-    async for snapshot in snapshots(bucket, place, refused.append, through_s + SLACK_S):
+    async for snapshot in snapshots(bucket, place, refused.append):
         try:
             rows, found = await read_snapshot(bucket, snapshot), snapshot
             break
@@ -83,9 +84,11 @@ async def read_index(bucket: IndexBucket, place: Place, log: Iterable[ObjectInfo
             refused.append(str(error))
     for why in refused:
         _log.warning("%s", why)
-    since_s = 0.0 if found is None else found.through_s
+    # One of a time to come: the store's clock was wrong, or is. What it tells counts, but not until when.
+    odd = found is not None and found.through_s > through_s + SLACK_S
+    since_s = 0.0 if found is None or odd else found.through_s
     stored, touched = await _read_log(bucket, log, since_s, through_s)
-    return Told(merged(rows, stored), touched, found, bool(stored or touched or refused))
+    return Told(merged(rows, stored), touched, found, bool(stored or touched or refused or odd))
 
 
 async def compact(bucket: IndexBucket, place: Place, log: Iterable[ObjectInfo], now_s: float) -> Snapshot:
@@ -130,12 +133,14 @@ async def remove_covered(
             names += [info.name for info in kept.all if now_s - info.modified_s > ABANDONED_S]
             continue
         newest = await newest_snapshot(bucket, place, until_s=now_s + SLACK_S)
-        if newest is not None:
-            # Of a wrong clock: nodes would take it for the newest one until then.
+        if newest is None:
+            continue
+        names += needless(newest, kept, now_s)
+        if newest.through_s > now_s - MARGIN_S:
+            # Nodes would take one of a time to come for the newest; this one knows what it told.
             names += [
                 info.name for name, info in kept.objects if through_of(name.generation) > now_s + SLACK_S
             ]
-            names += needless(newest, kept, now_s)
     await bucket.remove(names)
     return len(names)
 

@@ -125,7 +125,7 @@ async def snapshots(
     """Those of a place that are whole, the newest first.
 
     refused  told of those that cannot be read
-    until_s  later ones are passed over: the store's clock was wrong
+    until_s  later ones are passed over
     """
     folder = snapshots_folder(bucket.prefix, place)
     manifests: dict[str, int] = {}
@@ -135,7 +135,6 @@ async def snapshots(
             manifests[found.generation] = info.object_bytes
     for generation in sorted(manifests, reverse=True):
         if through_of(generation) > until_s:
-            refused(f"the snapshot {generation} of {place} is of a time to come, and counts as absent")
             continue
         name = snapshot_name(bucket.prefix, place, generation, MANIFEST)
         try:

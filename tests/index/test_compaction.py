@@ -19,6 +19,7 @@ from kvstore.index.bucket import IndexBucket
 from kvstore.index.compaction import (
     ABANDONED_S,
     MARGIN_S,
+    SLACK_S,
     Kept,
     compact,
     needless,
@@ -27,7 +28,7 @@ from kvstore.index.compaction import (
 )
 from kvstore.index.log_objects import list_logs, seal_stored, seal_touched
 from kvstore.index.names import Place, SnapshotName, generation_of, log_file, log_folder, snapshots_folder
-from kvstore.index.records import StoredRecord, version_of
+from kvstore.index.records import UNKNOWN_VERSION, StoredRecord, version_of
 from kvstore.index.snapshot import Part, Snapshot, newest_snapshot, read_snapshot
 from kvstore.keys import namespace_document_name
 from kvstore.retries import Retries
@@ -301,6 +302,65 @@ def test_a_load_that_is_told_of_to_the_second_right_behind_the_listing_is_the_ne
     bucket.now_s += 1000.0
     bucket.compact()
     assert bucket.rows()["touches"].tolist() == [1]
+
+
+def test_p10_a_snapshot_is_not_lost_to_a_store_whose_clock_is_behind():
+    bucket = Bucket()
+    bucket.store(KEYS[:2])
+    bucket.now_s += 1000.0
+    bucket.touch(KEYS[:1])
+    touched_s = bucket.now_s
+    bucket.now_s += 1000.0
+    bucket.compact()
+    bucket.forget(log_folder(PREFIX))
+    for hours in (-5, 5):
+        bucket.now_s += hours * 3600.0 + 100.0
+        bucket.run(lambda b: remove_covered(b, bucket.now_s, namespaces=[NAMESPACE.name]))
+        assert bucket.rebuild() == 0
+        bucket.run(lambda b: remove_covered(b, bucket.now_s, namespaces=[NAMESPACE.name]))
+        assert sorted(bucket.rows()["touched_s"].tolist()) == [0, touched_s]
+        assert bucket.run(lambda b: newest_snapshot(b, PLACE)).through_s < bucket.now_s
+
+
+def test_what_is_listed_late_is_in_the_next_snapshot():
+    bucket = Bucket()
+    bucket.store(KEYS[:1])
+    bucket.now_s += 1000.0
+    bucket.compact()
+    bucket.now_s -= SLACK_S - 20.0
+    bucket.store(KEYS[1:2])
+    bucket.now_s += 1000.0
+    bucket.compact()
+    assert len(bucket.rows()) == 2
+
+
+def test_who_only_saw_that_a_chunk_is_there_takes_nothing_from_who_stored_it():
+    bucket = Bucket()
+    bucket.store(KEYS[:1])
+    bucket.compact()
+    (before,) = bucket.rows()
+    bucket.now_s += 100.0
+    key = KEYS[0]
+    seen = StoredRecord(key.hash, key.parent, UNKNOWN_VERSION, key.depth, TINY_LAYOUT.chunk_tokens, 1)
+    bucket.append("stored", seal_stored([seen]))
+    bucket.compact()
+    np.testing.assert_array_equal(bucket.rows(), [before])
+
+
+def test_what_a_slow_writer_has_just_put_stays_and_so_does_what_a_late_log_may_add():
+    now_s = BEGAN_S + 10 * ABANDONED_S
+    newest = Snapshot(PLACE, generation_of(now_s - 2 * MARGIN_S, "00000001"), (Part(1, 1, 1),))
+    slow = generation_of(now_s - 3 * MARGIN_S, "00000000")
+    objects = [
+        (SnapshotName(PLACE, newest.generation, "manifest"), info_of("new", now_s - 2 * MARGIN_S)),
+        (SnapshotName(PLACE, slow, "manifest"), info_of("slow", now_s - 10.0)),
+    ]
+    log = [info_of(name, newest.through_s - before_s) for name, before_s in (("old", 301.0), ("late", 299.0))]
+    assert needless(newest, Kept(objects, log), now_s) == ["old"]
+
+
+def info_of(name, modified_s):
+    return ObjectInfo(name, 1, "x", modified_s)
 
 
 def test_a_damaged_snapshot_is_replaced_before_the_one_that_it_replaced_goes():

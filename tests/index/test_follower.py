@@ -264,6 +264,25 @@ def test_the_first_lookup_of_512_chunks_takes_four_round_trips_with_and_without_
     assert trips <= 4.2 + (behind if indexed else 0)
 
 
+def test_what_the_index_does_not_know_yet_is_looked_for_in_few_round_trips():
+    keys = tiny_keys(NAMESPACE, 512)
+
+    async def scenario(lab):
+        for key in keys[:400]:
+            lab.backend.objects[object_name(PREFIX, key, PLACE.shard)] = StoredObject(b"x", "x", 0.0)
+        await lab.snapshot(keys[:10])
+        await lab.follow()
+        lab.backend.when("head", lambda call: asyncio.sleep(1.0))
+        loop = asyncio.get_running_loop()
+        began_s = loop.time()
+        result = await lookups_of(lab).run(keys, 60.0)
+        return result.chunks, loop.time() - began_s
+
+    chunks, trips = run(scenario)
+    assert chunks == 400
+    assert trips <= 4.2
+
+
 def test_more_namespaces_than_are_followed_do_not_take_turns_in_loading(monkeypatch):
     monkeypatch.setattr(follower_module, "NAMESPACES_MAX", 2)
     names = [str(number) * 16 for number in range(1, 6)]

@@ -5,6 +5,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from chunk_samples import tiny_keys, tiny_namespace
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -13,6 +14,8 @@ from kvstore.index import hints as hints_module
 from kvstore.index import known
 from kvstore.index.hints import Hints
 from kvstore.index.known import Filter, KnownSet, SortedWords, base_for, words_of
+from kvstore.keys import namespace_name_of
+from kvstore.presence import Presence
 
 ROOMY = 1 << 20
 
@@ -168,6 +171,19 @@ def test_a_sweep_of_many_chunks_holds_up_nobody_who_asks(monkeypatch):
     hints.drop(hashes[1:])
     assert taken == [4, 4, 1]
     assert some.leading(hashes) == 1
+
+
+def test_p6_what_a_collection_has_removed_is_known_no_more():
+    keys = tiny_keys(tiny_namespace(), 3)
+    presence = Presence(60.0)
+    some = KnownSet(base_of([key.hash for key in keys]), ROOMY, complete=True)
+    presence.hints.install(namespace_name_of(keys[0]), some)
+    presence.doom(frozenset([keys[2].hash]))
+    assert presence.hints.leading(keys).chunks == 2
+    # An engine stored one before it heard of the sweep.
+    presence.note_stored(keys[2])
+    presence.doom(frozenset())
+    assert presence.hints.leading(keys).chunks == 2
 
 
 def test_what_other_namespaces_lose_takes_no_memory():

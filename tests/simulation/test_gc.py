@@ -48,8 +48,8 @@ async def _tell_nothing(self):
     ("target", "name", "broken", "seed"),
     [
         (collector, "np", DeepestLast(), 1),
-        (collector, "SETTLE_S", 1.0, 120),
-        (MarkWatch, "_tell", _tell_nothing, 19),
+        (collector, "SETTLE_S", 1.0, 49),
+        (MarkWatch, "_tell", _tell_nothing, 64),
     ],
     ids=[
         "parents first",
