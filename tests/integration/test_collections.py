@@ -1,13 +1,13 @@
 """P6 on real servers with real processes: engines and collectors on one bucket, some of them killed."""
 
 import asyncio
-import contextlib
 import json
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,6 +24,7 @@ from localstack.contract import Store
 
 REPOSITORY = Path(__file__).parents[2]
 SECONDS = 70.0
+MOST_S = 300.0
 NODES, COLLECTORS = 4, 2
 PREFIX = "collections"
 Answer = TypeVar("Answer")
@@ -43,7 +44,7 @@ def environment_of(store: Store) -> dict[str, str]:
 
 
 class Processes:
-    """Processes of one test, each with a log of its own."""
+    """Processes of one test, each with a log of its own; they run until they are told to stop."""
 
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
         self._folder = folder
@@ -52,48 +53,56 @@ class Processes:
             | environment
             | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])}
         )
+        self._stop = folder / "stop"
         self._running: list[tuple[subprocess.Popen, Path]] = []
-        self._finished = 0
-        self.told: list[str] = []
-        self.did: Counter[str] = Counter()
 
-    def start(self, role: str, seconds: float) -> None:
-        log = self._folder / f"{len(self._running)}-{role}"
+    def start(self, role: str) -> None:
+        number = len(self._running)
+        log = self._folder / f"{number}-{role}"
+        command = [sys.executable, "-m", "collection_process", role, str(self._stop), str(number)]
         with log.open("w") as out:
-            command = [
-                sys.executable,
-                "-m",
-                "collection_process",
-                role,
-                str(seconds),
-                str(len(self._running)),
-            ]
             process = subprocess.Popen(command, env=self._environment, stdout=out, stderr=subprocess.STDOUT)
         self._running.append((process, log))
 
-    def kill_after(self, seconds: float, number: int) -> None:
+    def kill(self, number: int) -> None:
         process, _ = self._running[number]
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(seconds)
         process.kill()
         process.wait()
 
-    def finish(self) -> None:
-        """Wait for all that were not killed, and take what they say."""
-        for process, log in self._running[self._finished :]:
-            process.wait(SECONDS + 120)
+    def did(self) -> Counter[str]:
+        """What they all have said by now; fails where one of them has."""
+        did: Counter[str] = Counter()
+        for process, log in self._running:
             text = log.read_text()
-            self.told.append(text[-3000:])
-            assert process.returncode in {0, -9}, text
+            assert process.poll() in {None, 0, -9}, text
             for line in text.splitlines():
-                said = json.loads(line) if line.startswith("{") else {}
-                self.did.update({what: n for what, n in said.items() if isinstance(n, int)})
-        self._finished = len(self._running)
+                # The last line of one that was killed may be half a line.
+                if line.startswith("{") and line.endswith("}"):
+                    did.update({what: n for what, n in json.loads(line).items() if isinstance(n, int)})
+        return did
+
+    def wait_for(self, stakes: Iterable[str], at_least_s: float) -> None:
+        """Let them live, and until each of these things has happened: else nothing would be shown."""
+        since_s = time.monotonic()
+        while time.monotonic() < since_s + at_least_s or missing(self.did(), stakes):
+            assert time.monotonic() < since_s + MOST_S, (missing(self.did(), stakes), self.did())
+            time.sleep(1)
+
+    def stop(self) -> None:
+        self._stop.touch()
+        for process, _ in self._running:
+            process.wait(120)
+        self.did()
+        self._stop.unlink()
 
     def end(self) -> None:
         for process, _ in self._running:
             process.kill()
             process.wait()
+
+
+def missing(did: Counter[str], stakes: Iterable[str]) -> set[str]:
+    return {what for what in stakes if not did[what]}
 
 
 def on_backend(settings: Settings, work: Callable[[Backend], Awaitable[Answer]]) -> Answer:
@@ -124,8 +133,9 @@ def test_p6_collectors_among_live_engines_on_a_real_server(server, request, tmp_
     settings = load_settings()
     processes = Processes(tmp_path, environment)
     try:
-        processes.start("node", 8)
-        processes.finish()
+        processes.start("node")
+        processes.wait_for({"stored"}, at_least_s=8)
+        processes.stop()
         first = on_backend(settings, chunks_of)
         pinned = next(key for key in first if not any(other.parent == key.hash for other in first))
         namespace_name = PROMPTS[0].chain.namespace.name
@@ -133,19 +143,19 @@ def test_p6_collectors_among_live_engines_on_a_real_server(server, request, tmp_
             settings, lambda backend: pin(backend, PREFIX, namespace_name, pinned.hash, timeout_s=1)
         )
         for role in ["node"] * NODES + ["collector"] * COLLECTORS:
-            processes.start(role, SECONDS)
+            processes.start(role)
         for victim, role in ((1, "node"), (NODES + 1, "collector")):
-            processes.kill_after(SECONDS / 4, victim)
-            processes.start(role, SECONDS / 2)
-        processes.finish()
+            processes.wait_for({"stored", "loaded"}, at_least_s=SECONDS / 4)
+            processes.kill(victim)
+            processes.start(role)
+        processes.wait_for(
+            {"loaded", "stored", "present", "checked", "swept", "marked"}, at_least_s=SECONDS / 2
+        )
+        processes.stop()
     finally:
         processes.end()
     left = on_backend(settings, chunks_of)
     hashes = {key.hash for key in left}
     assert pinned in left
     holes = [(key.depth, str(key)) for key in left if key.depth and key.parent not in hashes]
-    (tmp_path / "told").write_text("\n".join(processes.told))
     assert not holes, f"{holes}; {tmp_path} has what the processes said"
-    did = processes.did
-    # Where nothing is at stake nothing is shown.
-    assert min(did[what] for what in ("loaded", "stored", "present", "checked", "swept", "marked")) > 0, did
