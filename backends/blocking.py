@@ -108,10 +108,13 @@ class BlockingCalls:
     Its own, because a hung file system must not also block name resolution and other users of
     asyncio's default threads; and leaner than an executor: reads of a few hundred kilobytes come
     by the thousand a second. Threads start as needed, and do not keep a process alive.
+
+    prepare  what each thread does first
     """
 
-    def __init__(self, threads: int, name: str) -> None:
+    def __init__(self, threads: int, name: str, prepare: Callable[[], None] = lambda: None) -> None:
         self._name = name
+        self._prepare = prepare
         self._threads_max = threads
         self._closed = False
         self._threads: list[threading.Thread] = []
@@ -187,6 +190,7 @@ class BlockingCalls:
             self._threads.append(thread)
 
     def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._prepare()
         while (job := self._queue.get()) is not None:
             job.run()
             self._ended.append(job)

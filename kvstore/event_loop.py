@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from kvstore.backends.blocking import BlockingCalls, Caller
 from kvstore.errors import StoreClosedError
+from kvstore.torch_threads import compute_in_this_thread
 
 T = TypeVar("T")
 _ENGINE_CALLS = 16
@@ -29,8 +30,8 @@ class EventLoopThread:
 
     def __init__(self, workers: int) -> None:
         self._loop = asyncio.new_event_loop()
-        self._workers = BlockingCalls(workers, "kvstore-worker")
-        self._engine = BlockingCalls(_ENGINE_CALLS, "kvstore-engine")
+        self._workers = BlockingCalls(workers, "kvstore-worker", compute_in_this_thread)
+        self._engine = BlockingCalls(_ENGINE_CALLS, "kvstore-engine", compute_in_this_thread)
         self._submitting = threading.Lock()
         self._closed = False
         self._process = os.getpid()

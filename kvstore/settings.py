@@ -50,6 +50,7 @@ from kvstore.setting_types import (
     Seconds,
     Share,
     Tokens,
+    WaitSeconds,
 )
 
 ENV_PREFIX = "KVSTORE_"
@@ -138,8 +139,10 @@ class Settings(BaseSettings):
     save_timeout_s: Seconds = Field(
         1.0, description="seconds a save may wait for room with KVSTORE_WHEN_FULL=block"
     )
-    lookup_timeout_s: Seconds = Field(1.0, description="seconds a lookup may take before it answers 'miss'")
-    load_timeout_s: Seconds = Field(
+    lookup_timeout_s: WaitSeconds = Field(
+        1.0, description="seconds a lookup may take before it answers 'miss'"
+    )
+    load_timeout_s: WaitSeconds = Field(
         10.0, description="seconds a load may take before what is missing is a miss"
     )
     upload_timeout_s: Seconds = Field(

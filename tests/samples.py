@@ -60,8 +60,8 @@ def settings_of(**changes: object) -> Settings:
         "bucket": "memory://",
         "prefix": PREFIX,
         "memory_bytes": 64 * FORM.raw_bytes,
-        "lookup_timeout_s": 600.0,
-        "load_timeout_s": 600.0,
+        "lookup_timeout_s": 240.0,
+        "load_timeout_s": 240.0,
         "upload_timeout_s": 600.0,
         "close_timeout_s": 0.05,
     }

@@ -158,6 +158,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
         orders.held, side.held = tuple(side.held), []
         orders.failed_loads, side.failed_loads = tuple(side.failed_loads), []
         orders.saves = self._plan_saves(scheduler_output)
+        self._pause(scheduler_output)
         return orders
 
     @guarded(lambda *_: None)
@@ -233,6 +234,10 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
     @guarded(lambda self, _: self._no_saves())
     def _plan_saves(self, scheduler_output: Any) -> list[SaveOrder]:
         return self._scheduler.plan_saves(scheduler_output)
+
+    @guarded(lambda *_: None)
+    def _pause(self, scheduler_output: Any) -> None:
+        self._scheduler.pause(scheduler_output)
 
     def _no_saves(self) -> list[SaveOrder]:
         self._scheduler.drop_saves()

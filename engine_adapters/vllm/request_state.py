@@ -73,6 +73,11 @@ class RequestState:
             return None
         return min(self._lookup.result(), len(keys))
 
+    @property
+    def lookup(self) -> Future[int] | None:
+        """The lookup under way, if there is one."""
+        return None if self._lookup is None or self._lookup.done() else self._lookup
+
     def forget_lookup(self) -> None:
         """Ask anew when the engine asks next."""
         self._lookup = None

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvstore.engine_adapters.vllm.messages import SaveOrder
+from kvstore.torch_threads import compute_in_this_thread
 from kvstore.warn import WarnRarely
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ class SaveQueue:
 
     def _run(self) -> None:
         try:
+            compute_in_this_thread()
             while self._save_next():
                 pass
         except Exception as error:

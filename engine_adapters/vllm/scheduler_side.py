@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import itertools
 import secrets
+import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +28,9 @@ from kvstore.engine_adapters.vllm.stats import TransferStats
 from kvstore.engine_adapters.vllm.uploads import EngineUploads
 from kvstore.finder import ChunkFinder
 from kvstore.keys import ChunkKey
+
+# A request that comes meanwhile waits so much longer, at most.
+_PAUSE_S = 0.002
 
 
 @dataclass(frozen=True)
@@ -148,6 +153,21 @@ class SchedulerSide:
         serial, awaited = next(self._serials), self._options.awaited
         self.loads.append(LoadOrder(serial, request.request_id, None, tuple(block_ids), 0, awaited, 0))
         self._failed.stop(request.request_id)
+
+    def pause(self, scheduler_output: Any) -> None:
+        """Where a step has nothing to compute, wait for what it lacks, for a moment.
+
+        The engine asks again at once, and would hold the interpreter's lock from the threads that answer.
+        """
+        if scheduler_output.total_num_scheduled_tokens or any(
+            request.status is RequestStatus.RUNNING for request in self._requests.values()
+        ):
+            return
+        lookups = [state.lookup for state in self._states.values() if state.lookup is not None]
+        if lookups:
+            concurrent.futures.wait(lookups, _PAUSE_S, concurrent.futures.FIRST_COMPLETED)
+        elif self._open or any(state.load is not None for state in self._states.values()):
+            time.sleep(_PAUSE_S / 2)
 
     @property
     def released(self) -> tuple[str, ...]:

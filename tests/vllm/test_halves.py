@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from concurrent.futures import Future
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +15,7 @@ from vllm.v1.request import RequestStatus
 from vllm_engines import some_prompt
 
 from kvstore.backends.memory import MemoryBackend
+from kvstore.engine_adapters.vllm import scheduler_side
 from kvstore.engine_adapters.vllm.cache_events import CacheEvents
 from kvstore.engine_adapters.vllm.engine_namespace import Namespaces
 from kvstore.engine_adapters.vllm.geometry import Geometry
@@ -245,3 +248,47 @@ def test_saves_that_are_dropped_are_planned_again(scheduler):
     assert state.open_saves == 0
     (order,) = scheduler.plan_saves(planned)
     assert len(order.run) == 2
+
+
+class OpenLookups:
+    """A finder whose lookups are answered when the test says so."""
+
+    def __init__(self):
+        self.asked = []
+
+    def begin(self, keys, computed):
+        self.asked.append(Future())
+        return self.asked[-1]
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def asking(monkeypatch):
+    """A scheduler's half whose one request is being looked up, and which pauses for ever where it does."""
+    monkeypatch.setattr(scheduler_side, "_PAUSE_S", None)
+    options = SchedulerOptions(ranks=1, awaited=False, step_tokens=100, tenant_salt="")
+    events = CacheEvents(LAYOUT.chunk_tokens, enabled=False)
+    side = SchedulerSide(Namespaces(NAMESPACE), OpenLookups(), options, events)
+    asked = request([*TOKENS, 1])
+    side.arrived(asked)
+    assert side.stored_tokens(asked, 0) is None
+    return side, asked
+
+
+def test_a_step_without_work_waits_for_a_lookup(asking):
+    side, asked = asking
+    threading.Timer(0.05, lambda: side._finder.asked[0].set_result(2)).start()
+    side.pause(SimpleNamespace(total_num_scheduled_tokens=0))
+    assert side.stored_tokens(asked, 0) == 2 * LAYOUT.chunk_tokens
+
+
+@pytest.mark.parametrize("running", [False, True])
+def test_a_step_waits_for_no_lookup_while_others_compute(asking, running):
+    side, _ = asking
+    other = request(some_prompt(5, 2))
+    other.request_id, other.status = "other", RequestStatus.RUNNING
+    if running:
+        side.arrived(other)
+    side.pause(SimpleNamespace(total_num_scheduled_tokens=0 if running else 5))

@@ -110,6 +110,15 @@ def test_blocks_are_needed_until_they_are_copied(queue, saves):
     assert queue.take_done() == []
 
 
+def test_copies_start_no_team_of_threads():
+    counts = []
+    queue = SaveQueue(lambda *_: counts.append(torch.get_num_threads()) or True)
+    queue.add([order(1)], None)
+    queue.flush(["a"])
+    queue.close()
+    assert counts == [1]
+
+
 def test_those_that_a_step_waits_for_are_saved_first(queue, saves):
     queue.add([order(1), order(2), order(3, "b"), order(4), order(5, "b")], None)
     saves.began.wait(30)
