@@ -2,14 +2,15 @@
 
 A chat about a long document, over HTTP, with a random-weight Llama and a bucket on this machine. The server
 is stopped and started anew between two turns; a server without the store computes the second one. Then
-both answer prompts that never repeat, one at a time, taking turns round by round. Runs in the
-environment of `make test-vllm`.
+both answer prompts that never repeat, one at a time, and take turns. vLLM computes on all
+cores but one, unless told otherwise: its documentation recommends to leave one to its other processes.
+Runs in the environment of `make test-vllm`.
 
-JSON: machine; model_parameters, document_tokens; ttft_first_s (nothing stored), ttft_restart_s (restored),
-ttft_recompute_s (the same turn, without the store), ttft_restart_ratio (restored / recomputed);
-throughput_ratio (tokens/s with the store / without, prompts that never repeat, median over the rounds),
-tokens_per_s and tokens_per_s_without (medians, too); restored_tokens (from the backend, by the server's
-counter).
+JSON: machine; cores_computing; model_parameters, document_tokens; ttft_first_s (nothing stored),
+ttft_restart_s (restored), ttft_recompute_s (the same turn, without the store), ttft_restart_ratio
+(restored / recomputed); throughput_ratio (tokens/s with the store / without, prompts that never repeat,
+median of the rounds' throughput_ratios), tokens_per_s and tokens_per_s_without (medians, too);
+restored_tokens (from the backend, by the server's counter).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import random
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
@@ -47,7 +49,11 @@ CONFIG = {
     "kv_role": "kv_both",
     "kv_load_failure_policy": "recompute",
 }
+STORED, PLAIN = "with the store", "without"
+SERVERS = {STORED: CONFIG, PLAIN: None}
 CLIENTS = 1
+# Of each server in a round, with `--prompts` each time.
+TURNS = 4
 PROMPT_TOKENS = 700
 ANSWER_TOKENS = 16
 
@@ -56,12 +62,14 @@ def main() -> None:
     """Run the benchmark."""
     parser = parser_of(prog="make bench NAME=vllm", description=__doc__)
     add_number(parser, "--document-tokens", 3600, "tokens of the document", least=300)
-    add_number(parser, "--prompts", 24, "prompts of a round of those that never repeat")
+    add_number(parser, "--prompts", 5, "prompts at a time of those that never repeat")
     parser.add_argument(
         "--moto", action="store_true", help="S3 instead of a folder; its server takes its share of the cores"
     )
+    add_number(parser, "--spare-cores", 1, "cores that vLLM does not compute on", least=0)
     add_rounds(parser, 5)
     options = parser.parse_args()
+    options.cores = max(1, (os.cpu_count() or 1) - options.spare_cores)
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
         bucket = {"KVSTORE_BUCKET": (folder / "bucket").as_uri()}
@@ -71,6 +79,7 @@ def main() -> None:
     print_result(
         {
             "machine": machine(),
+            "cores_computing": options.cores,
             "model_parameters": _parameters(),
             "document_tokens": options.document_tokens,
             **result,
@@ -79,47 +88,63 @@ def main() -> None:
     )
 
 
-def measure(model: Path, options: Any) -> dict[str, float]:
-    """Two turns of the chat with a restart between them, then prompts that never repeat."""
-    choose = random.Random(1)
-    document = [choose.randrange(2000) for _ in range(options.document_tokens)]
-    question, second = ([choose.randrange(2000) for _ in range(40)] for _ in range(2))
-    with _server(model, CONFIG) as server:
+def measure(model: Path, options: Any) -> dict[str, Any]:
+    """A turn of the chat; then, with new servers each round, the next one, and prompts that never repeat."""
+    document, question = _prompt(1, options.document_tokens), _prompt(2, 40)
+    with _server(model, CONFIG, options.cores) as server:
         _warm_up(server)
         first_s = server.first_token_s(document + question)
         say(f"with the store, first turn: {first_s:.2f} s to the first token")
-    with _server(model, CONFIG) as stored, _server(model, None) as plain:
-        took_s = {}
-        for name, server in (("with the store", stored), ("without", plain)):
-            _warm_up(server)
-            took_s[name] = server.first_token_s(document + question + second)
-            say(f"{name}, second turn, after a restart: {took_s[name]:.2f} s to the first token")
-        restored = stored.counter("vllm:kvstore_tokens_from_backend")
-        rates: dict[str, list[float]] = {"with the store": [], "without": []}
-        for number in range(options.rounds):
-            turns = [("with the store", stored), ("without", plain)]
-            for name, server in turns if number % 2 == 0 else reversed(turns):
-                rates[name].append(_rate(server, options.prompts, number))
-                say(f"{name}, prompts that never repeat: {rates[name][-1]:.0f} tokens/s")
+    took_s: dict[str, list[float]] = {name: [] for name in SERVERS}
+    rates: dict[str, list[float]] = {name: [] for name in SERVERS}
+    restored = []
+    for number in range(options.rounds):
+        with ExitStack() as stack:
+            # One server is not as fast as another of its kind, so each round has new ones.
+            servers = {
+                name: stack.enter_context(_server(model, SERVERS[name], options.cores))
+                for name in _in_turn(number)
+            }
+            for name, server in servers.items():
+                _warm_up(server)
+                took_s[name].append(server.first_token_s(document + question + _prompt(3 + number, 40)))
+                say(f"{name}, next turn, after a restart: {took_s[name][-1]:.2f} s to the first token")
+            restored.append(servers[STORED].counter("vllm:kvstore_tokens_from_backend"))
+            for name, rate in _rates(servers, options.prompts, number).items():
+                rates[name].append(rate)
+                say(f"{name}, prompts that never repeat: {rate:.0f} tokens/s")
+    ratios = [stored / plain for stored, plain in zip(rates[STORED], rates[PLAIN], strict=True)]
     return {
         "ttft_first_s": first_s,
-        "ttft_restart_s": took_s["with the store"],
-        "ttft_recompute_s": took_s["without"],
-        "restored_tokens": restored,
-        "throughput_ratio": statistics.median(
-            stored / plain for stored, plain in zip(*rates.values(), strict=True)
-        ),
-        "tokens_per_s": statistics.median(rates["with the store"]),
-        "tokens_per_s_without": statistics.median(rates["without"]),
+        "ttft_restart_s": statistics.median(took_s[STORED]),
+        "ttft_recompute_s": statistics.median(took_s[PLAIN]),
+        "restored_tokens": min(restored),
+        "throughput_ratio": statistics.median(ratios),
+        "throughput_ratios": ratios,
+        "tokens_per_s": statistics.median(rates[STORED]),
+        "tokens_per_s_without": statistics.median(rates[PLAIN]),
     }
 
 
-def _server(model: Path, config: dict[str, Any] | None) -> AbstractContextManager[VllmServer]:
+def _in_turn(number: int) -> list[str]:
+    return [STORED, PLAIN] if number % 2 == 0 else [PLAIN, STORED]
+
+
+def _rates(servers: Mapping[str, VllmServer], prompts: int, seed: int) -> dict[str, float]:
+    """Tokens in a second of each server, which answer in turns."""
+    rates: dict[str, list[float]] = {name: [] for name in servers}
+    for turn in range(TURNS):
+        for name in _in_turn(turn):
+            rates[name].append(_rate(servers[name], prompts, TURNS * seed + turn))
+    return {name: statistics.mean(each) for name, each in rates.items()}
+
+
+def _server(model: Path, config: dict[str, Any] | None, cores: int) -> AbstractContextManager[VllmServer]:
     # Without a timeout vLLM kills its workers at once, and what is not uploaded yet is lost.
     options = ("--enforce-eager", "--dtype", "bfloat16", "--shutdown-timeout", "30")
     log = model.parent / f"server-{config is None}.log"
     # By itself, a second server would take other cores than the first.
-    return vllm_server(model, config, log, *options, cores=f"0-{(os.cpu_count() or 1) - 1}")
+    return vllm_server(model, config, log, *options, cores=f"0-{cores - 1}")
 
 
 def _warm_up(server: VllmServer) -> None:
