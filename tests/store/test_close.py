@@ -2,6 +2,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import threading
+import time
 
 import pytest
 from samples import (
@@ -177,6 +178,8 @@ def test_closing_waits_for_a_sink_that_is_at_work_and_nothing_writes_afterwards(
     store.load(CHAIN, range(3), pages)
     gate.wait_arrivals()
     closed = in_another_thread(store.close)
+    while not store._loop._closed:
+        time.sleep(0.001)
     # Closing cancels whatever runs on the loop, this too.
     with contextlib.suppress(concurrent.futures.CancelledError, StoreClosedError):
         settle(store)
