@@ -109,7 +109,7 @@ class BlockingCalls:
     asyncio's default threads; and leaner than an executor: reads of a few hundred kilobytes come
     by the thousand a second. Threads start as needed, and do not keep a process alive.
 
-    prepare  what each thread does first
+    prepare  what a thread does before each piece of work
     """
 
     def __init__(self, threads: int, name: str, prepare: Callable[[], None] = lambda: None) -> None:
@@ -190,8 +190,8 @@ class BlockingCalls:
             self._threads.append(thread)
 
     def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._prepare()
         while (job := self._queue.get()) is not None:
+            self._prepare()
             job.run()
             self._ended.append(job)
             del job  # it refers to buffers that the caller has back now

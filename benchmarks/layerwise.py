@@ -54,7 +54,7 @@ LAYER_TOKEN_S = FORM.section_bytes / LAYOUT.chunk_tokens / TOTAL_BYTES_PER_S
 K = 1024
 # Tokens stored, tokens computed: of one size, and a long prefix under a shorter question.
 CASES = ((4 * K, 4 * K), (16 * K, 16 * K), (32 * K, 32 * K), (64 * K, 64 * K), (16 * K, 4 * K))
-DEADLINE_S = 600.0
+DEADLINE_S = 240.0
 
 
 class Reached(NamedTuple):

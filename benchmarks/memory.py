@@ -29,7 +29,7 @@ LAYOUT = KVLayout(layers=32, kv_heads=8, head_dim=128, dtype=DType.BFLOAT16, pag
 FORM = ChunkForm(LAYOUT, LAYOUT.whole)
 MIB = 1 << 20
 PREFIX = "memory"
-DEADLINE_S = 600.0
+DEADLINE_S = 240.0
 
 
 class Looker:

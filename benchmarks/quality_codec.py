@@ -24,7 +24,7 @@ from kvstore.store import KVStore
 
 # What is measured has one model, in one process; reading its weights again for each codec is of no use.
 _REVISION = "quality"
-_PATIENCE_S = 600.0
+_PATIENCE_S = 240.0
 _TIMED_SECTIONS = 64
 
 

@@ -39,7 +39,7 @@ PLACE = Place("0123456789abcdef", Shard(0, 8))
 CHAIN = 20
 NOW_S = 1_800_000_000
 _PREFIX = "bench"
-_PATIENCE_S = 600.0
+_PATIENCE_S = 240.0
 
 
 def synthetic_rows(count: int, seed: int = 0) -> Rows:

@@ -14,6 +14,7 @@ everything.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from kvstore.layout import Shard
@@ -80,9 +81,15 @@ def parse_log(prefix: str, name: str) -> LogName | None:
     return None if match is None else LogName(_place(match), match["writer"], match["kind"])
 
 
-def generation_of(through_s: float, random_hex: str) -> str:
-    """The name of a generation; `random_hex` of 8 digits keeps two of one moment apart."""
-    return f"{int(through_s * 1000):013d}-{random_hex}"
+def generation_of(through_s: float, random_hex: str, others: Iterable[str] = ()) -> str:
+    """The name of a generation, which comes behind those of one moment with it that are there already.
+
+    random_hex  of 6 digits: keeps apart what several write at once
+    others      names of all generations of the place
+    """
+    moment = f"{int(through_s * 1000):013d}-"
+    taken = [int(other[len(moment) :][:2], 16) for other in others if other.startswith(moment)]
+    return f"{moment}{min(max(taken, default=-1) + 1, 255):02x}{random_hex}"
 
 
 def through_of(generation: str) -> float:

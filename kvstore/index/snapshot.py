@@ -96,7 +96,7 @@ class Snapshot:
 
 async def write_snapshot(bucket: IndexBucket, place: Place, rows: Rows, through_s: float) -> Snapshot:
     """Write rows, sorted by hash, as a new generation."""
-    generation = generation_of(through_s, secrets.token_hex(4))
+    generation = generation_of(through_s, secrets.token_hex(3), await _manifests(bucket, place))
     bounds = range(0, len(rows), PART_ROWS)
     parts: list[Part] = [Part(0, 0, 0)] * len(bounds)
     above = find(rows, rows["parent"])
@@ -127,12 +127,7 @@ async def snapshots(
     refused  told of those that cannot be read
     until_s  later ones are passed over
     """
-    folder = snapshots_folder(bucket.prefix, place)
-    manifests: dict[str, int] = {}
-    async for info in bucket.list(folder):
-        found = parse_snapshot(bucket.prefix, info.name)
-        if found is not None and found.file == MANIFEST:
-            manifests[found.generation] = info.object_bytes
+    manifests = await _manifests(bucket, place)
     for generation in sorted(manifests, reverse=True):
         if through_of(generation) > until_s:
             continue
@@ -142,6 +137,16 @@ async def snapshots(
             yield Snapshot(place, generation, _parts(name, data))
         except RefusedIndexError as error:
             refused(str(error))
+
+
+async def _manifests(bucket: IndexBucket, place: Place) -> dict[str, int]:
+    """Generations of a place that are whole, with the bytes of their manifests."""
+    manifests: dict[str, int] = {}
+    async for info in bucket.list(snapshots_folder(bucket.prefix, place)):
+        found = parse_snapshot(bucket.prefix, info.name)
+        if found is not None and found.file == MANIFEST:
+            manifests[found.generation] = info.object_bytes
+    return manifests
 
 
 async def newest_snapshot(

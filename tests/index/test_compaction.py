@@ -349,8 +349,8 @@ def test_who_only_saw_that_a_chunk_is_there_takes_nothing_from_who_stored_it():
 
 def test_what_a_slow_writer_has_just_put_stays_and_so_does_what_a_late_log_may_add():
     now_s = BEGAN_S + 10 * ABANDONED_S
-    newest = Snapshot(PLACE, generation_of(now_s - 2 * MARGIN_S, "00000001"), (Part(1, 1, 1),))
-    slow = generation_of(now_s - 3 * MARGIN_S, "00000000")
+    newest = Snapshot(PLACE, generation_of(now_s - 2 * MARGIN_S, "000001"), (Part(1, 1, 1),))
+    slow = generation_of(now_s - 3 * MARGIN_S, "000000")
     objects = [
         (SnapshotName(PLACE, newest.generation, "manifest"), info_of("new", now_s - 2 * MARGIN_S)),
         (SnapshotName(PLACE, slow, "manifest"), info_of("slow", now_s - 10.0)),
@@ -411,8 +411,8 @@ def test_p10_a_snapshot_of_a_store_whose_clock_was_ahead_hides_no_loads_told_of_
 )
 def test_a_generation_goes_when_whoever_may_be_reading_or_writing_it_is_done(age_s, manifest, goes):
     now_s = BEGAN_S + 10 * ABANDONED_S
-    newest = Snapshot(PLACE, generation_of(now_s - age_s, "00000001"), (Part(1, 1, 1),))
-    older = generation_of(now_s - age_s - 500.0, "00000000")
+    newest = Snapshot(PLACE, generation_of(now_s - age_s, "000001"), (Part(1, 1, 1),))
+    older = generation_of(now_s - age_s - 500.0, "000000")
     files = ["0000.facts", "0000.fingerprints", *["manifest"] * manifest]
     objects = [
         (SnapshotName(PLACE, generation, file), ObjectInfo(f"{generation}/{file}", 1, "x", now_s - age_s))

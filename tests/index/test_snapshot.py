@@ -97,6 +97,12 @@ def test_the_newest_snapshot_comes_first_and_one_without_manifest_not_at_all(sto
     assert store.found() == ([new, old], [])
 
 
+def test_of_snapshots_of_one_moment_the_last_one_written_comes_first(store):
+    written = [store.write(random_rows(seed, 10)) for seed in range(12)]
+    assert len({snapshot.through_s for snapshot in written}) == 1
+    assert store.found() == (written[::-1], [])
+
+
 def test_every_truncation_and_every_flipped_byte_is_refused(store):
     written = store.write(random_rows(5, 12))
     whole = dict(store.objects)

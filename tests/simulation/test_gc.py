@@ -44,12 +44,13 @@ async def _tell_nothing(self):
     pass
 
 
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize(
-    ("target", "name", "broken", "seed"),
+    ("target", "name", "broken", "likely"),
     [
-        (collector, "np", DeepestLast(), 1),
-        (collector, "SETTLE_S", 1.0, 49),
-        (MarkWatch, "_tell", _tell_nothing, 64),
+        (collector, "np", DeepestLast(), [1]),
+        (collector, "SETTLE_S", 1.0, [15, 19, 64]),
+        (MarkWatch, "_tell", _tell_nothing, [30, 42, 54]),
     ],
     ids=[
         "parents first",
@@ -57,11 +58,11 @@ async def _tell_nothing(self):
         "nodes that tell nothing",
     ],
 )
-def test_the_simulation_catches_what_breaks_the_promise(target, name, broken, seed, monkeypatch):
+def test_the_simulation_catches_what_breaks_the_promise(target, name, broken, likely, monkeypatch):
     monkeypatch.setattr(target, name, broken)
-    # The code as it is keeps it, from this seed and those that follow.
+    # Likely seeds save time, and are others when a request comes or goes.
     with pytest.raises(BrokenPromiseError, match="GC_SEED="):
-        _run_all(range(seed, seed + 10))
+        _run_all((*likely, *range(300)))
 
 
 def _run_all(seeds):

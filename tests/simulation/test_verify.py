@@ -8,6 +8,7 @@ import contextlib
 from collections import Counter
 from unittest import mock
 
+import pytest
 from gc_simulation import PREFIX, Simulation, _until_killed
 from simulated_store import Connection
 
@@ -71,6 +72,9 @@ async def _believe(self, chunks, row, missing):
     return True
 
 
+@pytest.mark.timeout(400)
 def test_the_simulation_catches_a_check_that_does_not_look_again():
+    # Likely seeds save time, and are others when a request comes or goes.
+    seeds = (47, 70, *range(300))
     with mock.patch.object(namespace_check.NamespaceCheck, "_lasts", _believe):
-        assert any(Kind.UNREACHABLE in run(range(seed, seed + 1))[1] for seed in range(3 * SEEDS))
+        assert any(Kind.UNREACHABLE in run(range(seed, seed + 1))[1] for seed in seeds)

@@ -92,19 +92,22 @@ def test_a_schedulers_finder_serves_its_lookups(free):
 def test_a_forked_child_does_not_keep_the_port(opened, free):
     store = serving(opened, metrics_port=f"{LOCAL}:{free[0]}")
     hold, release = os.pipe()
+    runs, running = os.pipe()
     child = os.fork()
     if not child:
         os.close(release)
+        os.write(running, b"1")
         os.read(hold, 1)
         os._exit(0)
     try:
+        assert os.read(runs, 1)
         store.close()
         again = serving(opened, metrics_port=f"{LOCAL}:{free[0]}")
         assert "kvstore_" in scraped(free[0])
         again.close()
     finally:
-        os.close(release)
-        os.close(hold)
+        for pipe in (release, hold, runs, running):
+            os.close(pipe)
         os.waitpid(child, 0)
 
 

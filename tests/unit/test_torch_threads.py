@@ -63,3 +63,17 @@ def test_other_threads_compute_as_before():
         "in_thread(compute_in_this_thread); print(torch.get_num_threads(), in_thread(torch.get_num_threads))"
     )
     assert run(counts) == "3 3"
+
+
+def test_a_store_that_needs_no_torch_does_not_load_it():
+    code = """
+import sys
+from kvstore.event_loop import EventLoopThread
+loop = EventLoopThread(1)
+loop.run(loop.work(len, ()))
+print("torch" in sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout.strip() == "False"
