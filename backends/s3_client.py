@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import hashlib
 import os
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
+from datetime import datetime
 from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +22,7 @@ from aiobotocore.session import AioSession
 from botocore.exceptions import MissingDependencyException, NoCredentialsError
 from botocore.httpsession import get_cert_path
 from botocore.loaders import Loader, create_loader
+from botocore.utils import parse_timestamp
 
 from kvstore.backends.s3 import S3Options
 from kvstore.backends.sigv4 import Credentials
@@ -48,6 +51,7 @@ async def connect(options: S3Options) -> AsyncIterator[tuple[Any, AioSession]]:
     """
     session = AioSession()
     session.register_component("data_loader", _loader(session.get_config_variable("data_path")))
+    session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_time_of)
     events = session.get_component("event_emitter")
     events.register("before-sign.s3.PutObject", _send_body_at_once)
     events.register("before-sign.s3.DeleteObjects", _add_md5)
@@ -69,6 +73,15 @@ async def connect(options: S3Options) -> AsyncIterator[tuple[Any, AioSession]]:
             # Every request reads it, plain ones too; one that cannot does not say which file it is.
             await asyncio.to_thread(tls_context, options)
         yield client, session
+
+
+def _time_of(value: Any) -> datetime:
+    """A time in an answer, as botocore has it, which takes four fifths of a listing's CPU to read them."""
+    with contextlib.suppress(TypeError, ValueError):
+        found = datetime.fromisoformat(value)
+        if found.tzinfo is not None:
+            return found
+    return parse_timestamp(value)  # type: ignore[no-any-return]  # botocore has no annotations
 
 
 async def address_of(client: Any, bucket: str) -> tuple[str, str]:
