@@ -95,7 +95,8 @@ Grace = Annotated[float, BeforeValidator(_check_grace)]
 Seconds = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, le=86_400, allow_inf_nan=False)]
 # A collector that is about to remove chunks waits for what is under way (gc/watch.py: SETTLE_S, less one look
 # at what is announced). What takes longer could still take a chunk for present that has gone meanwhile.
-WaitSeconds = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, le=240, allow_inf_nan=False)]
+WAIT_S_MAX = 240
+WaitSeconds = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, le=WAIT_S_MAX, allow_inf_nan=False)]
 Dollars = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, le=1e6, allow_inf_nan=False)]
 Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1, le=4096)]
 BucketName = Annotated[str, AfterValidator(check_bucket)]

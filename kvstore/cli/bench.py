@@ -26,6 +26,7 @@ from kvstore.cli.link import (
 from kvstore.cli.options import Call
 from kvstore.cli.output import Column, Output, size_text
 from kvstore.quantities import size_with_unit
+from kvstore.setting_types import WAIT_S_MAX
 from kvstore.settings import Settings, resolve_settings, variable
 
 CLEAN_UP_TIMEOUT_S = 60.0
@@ -169,10 +170,11 @@ def suggestions(measured: Measured, settings: Settings) -> Iterator[dict[str, ob
     yield row("upload_concurrency", max(writes.concurrency, settings.upload_concurrency), why)
     due_s = max(0.1, math.ceil(20 * _ROUNDS * head_s) / 10)
     why = f"{_ROUNDS} rounds of HEADs that take {1e3 * head_s:.1f} ms at most, twice"
-    yield row("lookup_timeout_s", max(due_s, settings.lookup_timeout_s), why)
+    yield row("lookup_timeout_s", min(WAIT_S_MAX, max(due_s, settings.lookup_timeout_s)), why)
     load_s = _LOAD_BYTES / fastest
     why = f"{size_text(_LOAD_BYTES)} take {load_s:.1f} s, twice"
-    yield row("load_timeout_s", max(math.ceil(2 * load_s), settings.load_timeout_s), why)
+    due_s = max(math.ceil(2 * load_s), settings.load_timeout_s)
+    yield row("load_timeout_s", min(WAIT_S_MAX, due_s), why)
     slow = settings.codec == "none" and fastest < _CODEC_BYTES_PER_S
     why = f"{_gb(fastest)} GB/s at best; a codec pays below {_CODEC_BYTES_PER_S / _GIGA:g}"
     yield row("codec", "planes+zstd" if slow else settings.codec, why)

@@ -19,7 +19,7 @@ from kvstore.settings import resolve_settings
 
 _PREFIXES = (
     Column("touches", "uses", right=True),
-    Column("touched_s", "last known use", time_text),
+    Column("touched_s", "stored or last used", time_text),
     Column("continued", "begin with it", right=True),
     Column("tokens", "tokens", right=True),
     Column("prefix_bytes", "bytes", size_text, right=True),
@@ -99,8 +99,8 @@ def show_hottest(call: Call, namespace: str, limit: int) -> ExitCode:
     summary = {"chunks": chunks, "touched": stock.touched, "failed": stock.inventory.failed}
     output.record("summary", summary)
     output.line(
-        f"use is known of {stock.touched} of {chunks} chunks, those that `kvstore gc` had marked when they "
-        "were used; prefixes with as many uses come in the order of how many begin with them, then of time",
+        f"use is known of {stock.touched} of {chunks} chunks: what was loaded, told once an hour at most; "
+        "prefixes with as many uses come in the order of how many begin with them, then of time",
         "dim",
     )
     for name, why in stock.inventory.failed.items():

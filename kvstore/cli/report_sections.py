@@ -208,7 +208,7 @@ def oddities(stock: Stock) -> Section:
 def _known(stock: Stock) -> str:
     """What is known of use."""
     return (
-        f"Use is known of what kvstore gc had marked when it was used: of {stock.touched:,} chunks "
+        f"Use is what was loaded, told once an hour at most: it is known of {stock.touched:,} chunks "
         f"of {len(stock.inventory.chunks):,}."
     )
 

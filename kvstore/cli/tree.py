@@ -114,8 +114,12 @@ def _print(output: Output, title: str, node: Node) -> None:
     indent, size = "  " * (node.level + 1), size_text(node.object_bytes)
     output.line(
         f"{indent}{node.hash.hex()[:_DIGITS_SHOWN]}{run}, from depth {node.depth}: {size} in "
-        f"{node.chunks} chunks{used}"
+        f"{_count(node.chunks)}{used}"
     )
     if node.hidden:
         size = size_text(node.hidden_bytes)
-        output.line(f"{indent}  {node.hidden} more: {size} in {node.hidden_chunks} chunks", "dim")
+        output.line(f"{indent}  {node.hidden} more: {size} in {_count(node.hidden_chunks)}", "dim")
+
+
+def _count(chunks: int) -> str:
+    return "1 chunk" if chunks == 1 else f"{chunks} chunks"
