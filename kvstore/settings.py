@@ -250,13 +250,16 @@ def resolve_settings(flags: Mapping[str, Any] | None = None) -> ResolvedSettings
 
 
 def resolve_settings_of(
-    schema: type[Schema], flags: Mapping[str, Any] | None = None
+    schema: type[Schema], flags: Mapping[str, Any] | None = None, *, flags_are: str = "flag"
 ) -> ResolvedSettings[Schema]:
-    """As `resolve_settings`, with an adapter's settings among them: those that `schema` adds."""
+    """As `resolve_settings`, with an adapter's settings among them: those that `schema` adds.
+
+    flags_are  what errors call the origin of `flags`
+    """
     _warn_of_unknown_variables(schema)
     path = os.environ.get(CONFIG_VARIABLE, "")
     layers = [
-        ("flag", dict(flags or {})),
+        (flags_are, dict(flags or {})),
         ("environment", EnvSettingsSource(schema)()),
         (f"file {path}", _without_others(schema, _read_file(path)) if path else {}),
     ]

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import Field
 
 from kvstore.errors import MisconfiguredError
-from kvstore.settings import ENV_PREFIX, Settings, resolve_settings_of, variable
+from kvstore.settings import ENV_PREFIX, ResolvedSettings, Settings, resolve_settings_of, variable
 
 
 class LoadMode(StrEnum):
@@ -55,9 +55,7 @@ class EngineSettings:
 
 def engine_settings(vllm_config: Any) -> EngineSettings:
     """Resolve the settings of an engine. Raises MisconfiguredError, naming what is wrong."""
-    resolved = resolve_settings_of(
-        VLLMSettings, flags_of(vllm_config.kv_transfer_config.kv_connector_extra_config)
-    )
+    resolved = resolve(vllm_config.kv_transfer_config.kv_connector_extra_config)
     settings = resolved.settings
     if "\0" in settings.tenant_salt.get_secret_value():
         raise MisconfiguredError("KVSTORE_TENANT_SALT holds a NUL character; use another salt")
@@ -68,6 +66,11 @@ def engine_settings(vllm_config: Any) -> EngineSettings:
         mode=_mode(settings, vllm_config),
         awaited=not settings.vllm_async,
     )
+
+
+def resolve(extra_config: Mapping[str, Any]) -> ResolvedSettings[VLLMSettings]:
+    """Settings with kv_connector_extra_config over them. Raises MisconfiguredError."""
+    return resolve_settings_of(VLLMSettings, flags_of(extra_config), flags_are="kv_connector_extra_config")
 
 
 def flags_of(extra_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,7 +90,7 @@ def flags_of(extra_config: Mapping[str, Any]) -> dict[str, Any]:
 
 def wants_layerwise(extra_config: Mapping[str, Any]) -> bool:
     """Whether KVSTORE_VLLM_LOAD asks for layerwise loads in so many words."""
-    return resolve_settings_of(VLLMSettings, flags_of(extra_config)).settings.vllm_load is LoadMode.LAYERWISE
+    return resolve(extra_config).settings.vllm_load is LoadMode.LAYERWISE
 
 
 def _mode(settings: VLLMSettings, vllm_config: Any) -> LoadMode:

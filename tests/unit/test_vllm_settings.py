@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from kvstore.engine_adapters.vllm.settings import LoadMode, VLLMSettings, flags_of, wants_layerwise
+from kvstore.engine_adapters.vllm.settings import LoadMode, VLLMSettings, resolve, wants_layerwise
 from kvstore.errors import MisconfiguredError
-from kvstore.settings import Settings, load_settings, resolve_settings_of, variable
+from kvstore.settings import Settings, load_settings, variable
 
 OWN = set(VLLMSettings.model_fields) - set(Settings.model_fields)
 
@@ -34,7 +34,7 @@ def config(tmp_path, monkeypatch):
 
 
 def resolved(**extra_config):
-    return resolve_settings_of(VLLMSettings, flags_of(extra_config))
+    return resolve(extra_config)
 
 
 def test_names_of_an_adapters_own_settings_begin_with_its_name():
@@ -52,7 +52,8 @@ def test_they_come_from_extra_config_environment_and_file_in_this_order(config, 
     assert (found.settings.vllm_load, found.origins["vllm_load"]) == (LoadMode.LAYERWISE, "environment")
     assert wants_layerwise({})
     found = resolved(KVSTORE_VLLM_LOAD="auto")
-    assert (found.settings.vllm_load, found.origins["vllm_load"]) == (LoadMode.AUTO, "flag")
+    assert found.settings.vllm_load is LoadMode.AUTO
+    assert found.origins["vllm_load"] == "kv_connector_extra_config"
     assert not wants_layerwise({"KVSTORE_VLLM_LOAD": "auto"})
 
 
