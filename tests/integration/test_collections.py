@@ -125,6 +125,7 @@ async def chunks_of(backend: Backend) -> set[ChunkKey]:
     return {keys[name] for name in names}
 
 
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("server", ["moto", "rgw"])
 def test_p6_collectors_among_live_engines_on_a_real_server(server, request, tmp_path, monkeypatch):
     environment = environment_of(request.getfixturevalue(server))

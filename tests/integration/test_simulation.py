@@ -4,6 +4,7 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
+import pytest
 from gc_simulation import Simulation
 
 SEEDS = range(40, 240)
@@ -14,6 +15,7 @@ def tally_of(seed: int) -> dict[str, int]:
     return {name: count for name, count in vars(tally).items() if name != "broken"}
 
 
+@pytest.mark.timeout(900)
 def test_p6_nothing_in_use_is_collected_and_prefixes_stay_closed():
     happened = Counter()
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as processes:
