@@ -79,6 +79,44 @@ finder.close()
 """
 
 
+PORT_SCRIPT = """
+import os, socket, sys, urllib.request
+sys.path.insert(0, "tests")
+from samples import ScriptedBackend, store_of
+
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+
+def serving():
+    store = store_of(ScriptedBackend(), metrics_port=f"127.0.0.1:{port}")
+    assert store.wait_connected(20)
+    return store
+
+store = serving()
+hold, release = os.pipe()
+runs, running = os.pipe()
+child = os.fork()
+if not child:
+    os.close(release)
+    os.write(running, b"1")
+    os.read(hold, 1)
+    os._exit(0)
+assert os.read(runs, 1)
+store.close()
+again = serving()
+with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+    assert b"kvstore_" in answer.read()
+again.close()
+os.close(release)
+os.waitpid(child, 0)
+"""
+
+
+def test_after_a_fork_the_child_does_not_keep_the_port_of_metrics():
+    run(PORT_SCRIPT)
+
+
 def test_after_a_fork_the_child_is_refused_and_the_parent_s_chunks_stay_as_they_are():
     run(SCRIPT)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import time
 import urllib.request
@@ -86,29 +85,6 @@ def test_a_schedulers_finder_serves_its_lookups(free):
         assert "kvstore_lookup_absent_chunks_total 2.0" in scraped(free[0])
     finally:
         finder.close()
-
-
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_a_forked_child_does_not_keep_the_port(opened, free):
-    store = serving(opened, metrics_port=f"{LOCAL}:{free[0]}")
-    hold, release = os.pipe()
-    runs, running = os.pipe()
-    child = os.fork()
-    if not child:
-        os.close(release)
-        os.write(running, b"1")
-        os.read(hold, 1)
-        os._exit(0)
-    try:
-        assert os.read(runs, 1)
-        store.close()
-        again = serving(opened, metrics_port=f"{LOCAL}:{free[0]}")
-        assert "kvstore_" in scraped(free[0])
-        again.close()
-    finally:
-        for pipe in (release, hold, runs, running):
-            os.close(pipe)
-        os.waitpid(child, 0)
 
 
 @pytest.mark.parametrize("text", ["", "0"])
