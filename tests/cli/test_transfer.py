@@ -245,6 +245,29 @@ def test_an_archive_that_is_cut_off_is_told(kvstore, archive, length):
     assert "is no archive of kvstore's, or not whole" in ended.stderr or "left out" in ended.stdout
 
 
+@pytest.mark.parametrize("member", [1, 2, 4])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data, at: data[:at] + b"x" + data[at + 1 :],
+        lambda data, at: data[:at] + bytes(512) + data[at + 512 :],
+        lambda data, at: data[:at],
+        lambda data, at: data[: at + 100],
+    ],
+    ids=["flipped", "blank", "cut before", "cut within"],
+)
+def test_an_archive_with_a_damaged_header_is_told(kvstore, folder_contents, archive, member, damage):
+    data = archive.read_bytes()
+    with tarfile.open(archive) as tar:
+        at = tar.getmembers()[member].offset
+    archive.write_bytes(damage(data, at))
+    ended = kvstore("import", str(archive), "--prefix", "back", "--json")
+    assert ended.code == 1
+    assert "is no archive of kvstore's, or not whole" in ended.stderr
+    stored = [name for name in objects_of(folder_contents, "back") if not name.endswith(".json")]
+    assert set(stored) == set(list(renamed(OBJECTS, "back"))[: member - 1])
+
+
 def test_a_file_that_is_not_there_is_told(kvstore, folder, tmp_path):
     ended = kvstore("import", str(tmp_path / "nothing.tar"))
     assert ended.code == 3
