@@ -81,12 +81,24 @@ def written_archive(path: Path) -> Iterator[ArchiveWriter]:
                 yield ArchiveWriter(tar)
             file.flush()
             os.fsync(file.fileno())
-        # A link, as a rename would replace what somebody else has written meanwhile.
-        path.hardlink_to(unfinished)
+        _name(unfinished, path)
     except OSError as error:
         raise MisconfiguredError(f"{path} cannot be written: {error.strerror or error}") from None
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _name(unfinished: Path, path: Path) -> None:
+    """Give a finished file its name. Raises FileExistsError where there is something by now."""
+    try:
+        # A rename would replace what somebody else has written meanwhile.
+        path.hardlink_to(unfinished)
+    except FileExistsError:
+        raise
+    except OSError:
+        # Sticks and network shares have no links: there the name is taken first.
+        path.touch(exist_ok=False)
+        unfinished.replace(path)
 
 
 def read_archive(path: Path) -> Iterator[ArchivedChunk | PassedOver]:

@@ -1,8 +1,10 @@
 import asyncio
 import dataclasses
+import errno
 import io
 import json
 import tarfile
+from pathlib import Path
 
 import pytest
 from chunk_samples import raw_chunk, raw_object, tiny_keys, tiny_namespace
@@ -179,6 +181,21 @@ def test_a_file_that_is_there_stays_as_it_is(kvstore, archive):
     assert ended.code == 3
     assert "exists; remove it" in ended.stderr
     assert archive.read_bytes() == before
+
+
+def test_a_disk_without_links_takes_an_archive(kvstore, folder_contents, tmp_path, monkeypatch):
+    folder_contents.put(OBJECTS | DOCUMENT)
+    path, link = tmp_path / "prefix.tar", Path.hardlink_to
+
+    def refuse(self, target):
+        if self.parent == tmp_path:
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+        link(self, target)
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    assert kvstore("export", LAST, str(path)).code == 0
+    assert len(members(path)) == 5
+    assert [entry.name for entry in tmp_path.iterdir() if "prefix" in entry.name] == ["prefix.tar"]
 
 
 def members(path) -> dict[str, bytes]:
