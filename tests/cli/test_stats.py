@@ -133,7 +133,8 @@ def test_what_is_no_node_is_refused(kvstore, at):
 
 
 def test_what_else_a_process_exports_may_be_no_number(kvstore, answering):
-    page = b'go_gc{quantile="1"} NaN\nkvstore_late_layers_total NaN\nkvstore_saved_chunks_total{outcome="stored"} 2\n'
+    saved = b'kvstore_saved_chunks_total{outcome="stored"} 2\n'
+    page = b'go_gc{quantile="1"} NaN\nkvstore_late_layers_total NaN\n' + saved
     target = answering(b"HTTP/1.0 200 OK\r\n\r\n" + page)
     ended = kvstore("stats", "--at", target, "--interval", "0.1", "--json")
     assert ended.code == 0

@@ -1,4 +1,5 @@
 import json
+import os
 
 import boto3
 import pytest
@@ -62,12 +63,10 @@ def test_a_repair_moves_what_readers_refuse(verify, contents):
 
 @pytest.mark.parametrize("name", ["", f"{RANKED.name}/a0/", "a//b", "x\x01y"])
 @pytest.mark.parametrize("arguments", [(), ("--repair",)])
-def test_names_that_others_tools_make_are_foreign_and_stay(
-    verify, s3, s3_contents, moto_url, name, arguments
-):
+def test_names_that_others_tools_make_are_foreign_and_stay(verify, s3_contents, moto_url, name, arguments):
     s3_contents.put(intact())
     name = f"{PREFIX}/v1/{name}"
-    boto3.client("s3", endpoint_url=moto_url).put_object(Bucket=s3, Key=name, Body=b"")
+    boto3.client("s3", endpoint_url=moto_url).put_object(Bucket=os.environ["KVSTORE_BUCKET"], Key=name)
     ended = verify("--json", *arguments)
     assert (ended.code, told(ended)) == (0, [("foreign", name)])
     assert name in s3_contents.names()
