@@ -74,7 +74,7 @@ class Leases:
         taken = await self._taken(span)
         if not taken or _number(taken[-1]) != number:
             return None
-        await self._backend.delete([info.name for info in taken[:-1]])
+        await self._retried(lambda: self._backend.delete([info.name for info in taken[:-1]]))
         return Lease(span, number, asked_s + LEASE_S)
 
     async def give_back(self, lease: Lease) -> None:
@@ -84,7 +84,11 @@ class Leases:
     async def _taken(self, span: Span) -> list[ObjectInfo]:
         """All leases of the span that are still there, the highest number last."""
         folder = lease_folder(self._prefix, span)
-        return [info async for info in self._backend.list(folder) if _is_number(info.name)]
+
+        async def listed() -> list[ObjectInfo]:
+            return [info async for info in self._backend.list(folder) if _is_number(info.name)]
+
+        return await self._retried(listed)
 
     async def _is_over(self, info: ObjectInfo) -> bool:
         if self._clock.now_s() - info.modified_s > LEASE_S + MARGIN_S:
@@ -100,7 +104,7 @@ class Leases:
 
     async def _body(self, name: str) -> bytes | None:
         try:
-            return await read_whole(self._backend, name, _BODY_BYTES_MAX)
+            return await self._retried(lambda: read_whole(self._backend, name, _BODY_BYTES_MAX))
         except RetryableError:
             return None
 
