@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import typer
 
 from kvstore.cli.backend import run_on_backend
+from kvstore.cli.catalog import NoSuchObjectError
 from kvstore.cli.collection import AT_ONCE, print_failures
 from kvstore.cli.exits import ExitCode
 from kvstore.cli.options import Call, check_namespace
 from kvstore.cli.output import Column, Output, size_text, time_text
 from kvstore.gc.pace import Pace
+from kvstore.keys import format_folder
 from kvstore.retries import Retries
 from kvstore.settings import resolve_settings
 from kvstore.upkeep.holdings import Account, By, Holding, Holdings, Owner
@@ -66,6 +68,11 @@ def show_holdings(call: Call, request: Request) -> ExitCode:
                 salt=settings.tenant_salt.get_secret_value(),
                 sample=sample,
             ).holdings(by),
+        )
+    if request.namespace and not found.namespaces:
+        raise NoSuchObjectError(
+            f"there is no namespace {request.namespace} under {format_folder(settings.prefix)}; "
+            "see `kvstore ls`"
         )
     return _print(call.output, by, found, sample)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import math
 import urllib.error
 import urllib.request
@@ -43,7 +44,9 @@ class Counts:
         """Read what a node answers. Raises ValueError."""
         families = text_string_to_metric_families(text)
         samples = [sample for family in families for sample in family.samples]
-        return cls({(each.name, tuple(sorted(each.labels.items()))): each.value for each in samples})
+        # Whatever else a process exports is none of ours, and need not be a number.
+        own = (each for each in samples if each.name.startswith("kvstore_") and math.isfinite(each.value))
+        return cls({(each.name, tuple(sorted(each.labels.items()))): each.value for each in own})
 
     @classmethod
     def together(cls, parts: Iterable[Counts]) -> Counts:
@@ -197,10 +200,16 @@ def _scraped(target: str) -> Counts:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(url, timeout=TIMEOUT_S) as answer:
             return Counts.parse(answer.read(_ANSWER_BYTES_MAX).decode())
-    except (OSError, ValueError) as error:
+    except http.client.InvalidURL:
+        # As part of the URL, in which a password is masked.
+        raise MisconfiguredError(
+            f"{url} cannot be asked; give --at as HOST:PORT, such as node-7:9464"
+        ) from None
+    except (OSError, ValueError, http.client.HTTPException) as error:
         if isinstance(error, urllib.error.HTTPError):
             error.close()
-        reason = getattr(error, "reason", error)
+        # What some other service answers is a line of its own to whoever reads this.
+        reason = getattr(error, "reason", "") or " ".join(str(error).split())
         raise RetryableError(
             f"no metrics at {url}: {reason}; is a node with KVSTORE_METRICS_PORT at work there?"
         ) from None

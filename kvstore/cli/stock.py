@@ -11,6 +11,7 @@ from kvstore.gc.chunks import Int32s
 from kvstore.gc.forest import Forest
 from kvstore.gc.inventory import Inventory, Stocktaking
 from kvstore.gc.pace import Pace
+from kvstore.gc.paced_backend import PacedBackend
 from kvstore.gc.store_clock import StoreClock
 from kvstore.gc.usage import Usage, note_usage
 from kvstore.keys import format_folder
@@ -62,6 +63,7 @@ async def take_stock(backend: Backend, settings: Settings, only: str = "") -> St
         )
     usage = await note_usage(backend, prefix, pace, inventory)
     forest = Forest.of(inventory.chunks)
+    paced = PacedBackend(backend, pace)
     return Stock(
         place=f"{backend.location} under {format_folder(prefix)}",
         now_s=clock.now_s(),
@@ -69,5 +71,5 @@ async def take_stock(backend: Backend, settings: Settings, only: str = "") -> St
         usage=usage,
         forest=forest,
         tops=forest.tops(),
-        descriptions={name: await describe(backend, prefix, name) for name in inventory.namespaces},
+        descriptions={name: await describe(paced, prefix, name) for name in inventory.namespaces},
     )

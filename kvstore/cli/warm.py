@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -69,6 +71,7 @@ def warm_prefixes(call: Call, request: Request) -> ExitCode:
         raise MisconfiguredError(
             "KVSTORE_DISK_DIR is not set: there is no disk tier to warm; set it as the engine has it"
         )
+    _check_owner(Path(settings.disk_dir))
     shards = [_parse_shard(request.shard)] if request.shard else []
 
     async def warm(backend: Backend) -> ExitCode:
@@ -200,6 +203,19 @@ def _parse_target(settings: Settings, request: Request) -> Target:
     if (request.prompts is None) != (request.tokenizer is None):
         raise typer.BadParameter("--prompts and --tokenizer belong together")
     return target
+
+
+def _check_owner(folder: Path) -> None:
+    """Refuse root in another user's folder: in what it makes there that user's engines cannot write."""
+    owner = os.geteuid()
+    # Where it cannot be looked at, opening it says why.
+    with contextlib.suppress(OSError):
+        owner = folder.stat().st_uid
+    if owner and not os.geteuid():
+        raise MisconfiguredError(
+            f"KVSTORE_DISK_DIR={str(folder)!r} is of the user with id {owner}, and this is root: engines "
+            "could write nothing in the folders it would make; run it as that user"
+        )
 
 
 def _parse_shard(text: str) -> Shard:

@@ -16,6 +16,7 @@ from kvstore.gc.chunks import HASH_BYTES, NONE, Chunks, Flags, Int32s, Int64s
 from kvstore.gc.headers import DAMAGED, Headers
 from kvstore.gc.names import DIGITS
 from kvstore.gc.pace import Pace
+from kvstore.gc.paced_backend import PacedBackend
 from kvstore.gc.store_clock import StoreClock
 from kvstore.index.bucket import IndexBucket
 from kvstore.index.columns import Rows
@@ -122,7 +123,7 @@ class Stocktaking:
         """
         found = self._inventory
         columns: list[Chunks] = []
-        async for each in namespaces(self._backend, self._prefix):
+        async for each in namespaces(PacedBackend(self._backend, self._pace), self._prefix):
             if not isinstance(each, str):
                 found.note_foreign(each.name)
             elif only in ("", each):

@@ -14,7 +14,7 @@ import secrets
 from functools import partial
 
 from kvstore.backends.contract import Backend, ObjectInfo, PutStatus
-from kvstore.errors import KVStoreError, RetryableError
+from kvstore.errors import KVStoreError, MisconfiguredError, RetryableError
 from kvstore.gc.names import Span, lease_folder
 from kvstore.gc.records import read_whole
 from kvstore.gc.store_clock import StoreClock
@@ -60,9 +60,13 @@ class Leases:
         self._prefix = prefix
         self._clock = clock
         self._retried = retried
+        self._fenced = False
 
     async def take(self, span: Span) -> Lease | None:
-        """The span's lease; None while another collector has it."""
+        """The span's lease; None while another collector has it.
+
+        Raises MisconfiguredError where the store lets everybody have one.
+        """
         asked_s = asyncio.get_running_loop().time()
         taken = await self._taken(span)
         if taken and not await self._is_over(taken[-1]):
@@ -74,7 +78,8 @@ class Leases:
         taken = await self._taken(span)
         if not taken or _number(taken[-1]) != number:
             return None
-        await self._backend.delete([info.name for info in taken[:-1]])
+        await self._check_fence(span, number)
+        await self._retried(lambda: self._backend.delete([info.name for info in taken[:-1]]))
         return Lease(span, number, asked_s + LEASE_S)
 
     async def give_back(self, lease: Lease) -> None:
@@ -84,12 +89,30 @@ class Leases:
     async def _taken(self, span: Span) -> list[ObjectInfo]:
         """All leases of the span that are still there, the highest number last."""
         folder = lease_folder(self._prefix, span)
-        return [info async for info in self._backend.list(folder) if _is_number(info.name)]
+
+        async def listed() -> list[ObjectInfo]:
+            return [info async for info in self._backend.list(folder) if _is_number(info.name)]
+
+        return await self._retried(listed)
 
     async def _is_over(self, info: ObjectInfo) -> bool:
         if self._clock.now_s() - info.modified_s > LEASE_S + MARGIN_S:
             return True
         return await self._body(info.name) == _FREE
+
+    async def _check_fence(self, span: Span, number: int) -> None:
+        """Demand, once, that a number that is taken cannot be taken again."""
+        if self._fenced:
+            return
+        name = f"{lease_folder(self._prefix, span)}{number:016x}"
+        # So that, where it can be, it is free.
+        again = await self._retried(partial(self._backend.put, name, [_FREE], if_absent=True))
+        if again.status is PutStatus.CREATED:
+            raise MisconfiguredError(
+                f"{self._backend.location} ignores If-None-Match: two collections would remove chunks of one "
+                "prefix at once, so none is made; use a store for which `kvstore doctor` finds nothing wrong"
+            )
+        self._fenced = True
 
     async def _put(self, span: Span, number: int, body: bytes) -> bool:
         """Whether the number is this one's; a lost answer is no reason to think that it is another's."""
@@ -100,7 +123,7 @@ class Leases:
 
     async def _body(self, name: str) -> bytes | None:
         try:
-            return await read_whole(self._backend, name, _BODY_BYTES_MAX)
+            return await self._retried(lambda: read_whole(self._backend, name, _BODY_BYTES_MAX))
         except RetryableError:
             return None
 

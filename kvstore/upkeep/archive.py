@@ -81,12 +81,24 @@ def written_archive(path: Path) -> Iterator[ArchiveWriter]:
                 yield ArchiveWriter(tar)
             file.flush()
             os.fsync(file.fileno())
-        # A link, as a rename would replace what somebody else has written meanwhile.
-        path.hardlink_to(unfinished)
+        _name(unfinished, path)
     except OSError as error:
         raise MisconfiguredError(f"{path} cannot be written: {error.strerror or error}") from None
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _name(unfinished: Path, path: Path) -> None:
+    """Give a finished file its name. Raises FileExistsError where there is something by now."""
+    try:
+        # A rename would replace what somebody else has written meanwhile.
+        path.hardlink_to(unfinished)
+    except FileExistsError:
+        raise
+    except OSError:
+        # Sticks and network shares have no links: there the name is taken first.
+        path.touch(exist_ok=False)
+        unfinished.replace(path)
 
 
 def read_archive(path: Path) -> Iterator[ArchivedChunk | PassedOver]:
@@ -111,10 +123,21 @@ def read_archive(path: Path) -> Iterator[ArchivedChunk | PassedOver]:
                 else:
                     pieces = list(iter(partial(file.read, READ_BYTES), b""))
                     yield ArchivedChunk(namespaces[parts.namespace_name], parts, pieces)
-    except (tarfile.TarError, EOFError) as error:
+            _check_end(tar)
+    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
+        # Of numbers in headers that no file has tarfile raises what arithmetic does.
         raise DamagedArchiveError(f"{path} is no archive of kvstore's, or not whole: {error}") from None
     except OSError as error:
         raise MisconfiguredError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _check_end(tar: tarfile.TarFile) -> None:
+    """Demand that members end where an archive does: tarfile takes a damaged header for the end, too."""
+    assert tar.fileobj is not None
+    tar.fileobj.seek(tar.offset)
+    end = tar.fileobj.read(2 * tarfile.BLOCKSIZE)
+    if len(end) < tarfile.BLOCKSIZE or any(end):
+        raise tarfile.ReadError(f"what follows byte {tar.offset} is damaged, or missing")
 
 
 def _note_document(

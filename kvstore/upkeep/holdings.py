@@ -76,14 +76,16 @@ class Holding:
 class Holdings:
     """Everything there is.
 
-    owners   with what each has; of a sample, what was drawn of it
-    total    of all chunks, drawn or not
-    foreign  objects that are no chunks
-    failed   namespaces that could not be read, and why
+    owners      with what each has; of a sample, what was drawn of it
+    total       of all chunks, drawn or not
+    namespaces  that were asked for, and are there
+    foreign     objects that are no chunks
+    failed      namespaces that could not be read, and why
     """
 
     owners: defaultdict[Owner, Holding] = field(default_factory=lambda: defaultdict(Holding))
     total: Holding = field(default_factory=Holding)
+    namespaces: int = 0
     foreign: int = 0
     failed: dict[str, str] = field(default_factory=dict)
 
@@ -118,6 +120,7 @@ class Account:
             if isinstance(name, ObjectInfo):
                 self._found.foreign += not self._only
             elif self._only in ("", name):
+                self._found.namespaces += 1
                 described = await describe(self._backend, self._prefix, name)
                 if by is By.CODEC:
                     await self._by_codec(name)
@@ -157,6 +160,7 @@ class Account:
         clock = StoreClock(await self._pace(self._plain.clock_s))
         inventory = await Stocktaking(self._plain, self._prefix, self._pace, clock).run(self._only)
         self._found.foreign, self._found.failed = inventory.foreign, inventory.failed
+        self._found.namespaces = len(inventory.namespaces) + len(inventory.failed)
         chunks = inventory.chunks
         self._found.total = _holding(inventory, np.arange(len(chunks)))
         forest = Forest.of(chunks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Sequence
 
 from kvstore.backends.contract import Backend, Buffer, PutStatus
@@ -17,6 +18,8 @@ from kvstore.upkeep.inspection import DamagedObjectError, examine, inspect_objec
 from kvstore.warn import WarnRarely
 
 _log = logging.getLogger("kvstore.upkeep")
+# As engines by default: by then a collection has not come to removing it, if it is told of its use.
+_BELIEVED_S = 60.0
 
 
 class RefusedError(KVStoreError):
@@ -34,7 +37,8 @@ class Intake:
         self._prefix = prefix
         self._namespace = namespace
         self._watches: dict[Shard, MarkWatch] = {}
-        self._there: set[ObjectName] = set()
+        # When, by the loop's clock, each was last seen.
+        self._there_s: dict[ObjectName, float] = {}
 
     async def describe(self) -> None:
         """Say in the bucket what the namespace is."""
@@ -68,11 +72,15 @@ class Intake:
         stored = await self._put(chunk_name(self._prefix, parts), pieces)
         if not stored and not await self._is_there(parts):
             raise RefusedError("it was there, and has just been removed; import again")
-        self._there.add(parts)
+        self._note_there(parts)
         return stored
 
     async def close(self) -> None:
-        """Tell collectors what was built upon."""
+        """Tell collectors what was built upon, and say again what the namespace is.
+
+        A collection that saw it empty may have removed its document.
+        """
+        await self.describe()
         for watch in self._watches.values():
             await watch.read()
 
@@ -86,7 +94,7 @@ class Intake:
         return result.status is PutStatus.CREATED
 
     async def _is_there(self, parts: ObjectName) -> bool:
-        if parts in self._there:
+        if asyncio.get_running_loop().time() - self._there_s.get(parts, -math.inf) < _BELIEVED_S:
             return True
         name = chunk_name(self._prefix, parts)
         try:
@@ -96,8 +104,11 @@ class Intake:
                 f"{name} lies there damaged ({error.kind}); `kvstore verify --repair` moves it"
             ) from None
         if found is not None:
-            self._there.add(parts)
+            self._note_there(parts)
         return found is not None
+
+    def _note_there(self, parts: ObjectName) -> None:
+        self._there_s[parts] = asyncio.get_running_loop().time()
 
     def _watch(self, shard: Shard) -> MarkWatch:
         if shard not in self._watches:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kvstore.backends.arguments import is_name
 from kvstore.backends.contract import Backend, Buffer, ObjectInfo
 from kvstore.errors import MissError, MissReason, RetryableError
 from kvstore.gc.chunks import Chunks
@@ -209,7 +210,8 @@ class NamespaceCheck:
 async def check_foreign(backend: Backend, ledger: Ledger, sample: Sample, info: ObjectInfo) -> None:
     """Something whose name is no chunk's. It may be a chunk all the same."""
     ledger.tally.listed_objects += 1
-    if sample.draws(info.name):
+    # Others' tools make names that no backend reads, such as those of folders, which end in a slash.
+    if is_name(info.name) and sample.draws(info.name):
         ledger.tally.checked_objects += 1
         try:
             read = await read_header(backend, info.name)

@@ -14,7 +14,7 @@ from kvstore.backends.contract import Backend
 from kvstore.errors import MisconfiguredError
 from kvstore.gc.collector import DELETE_BATCH, Collector, Look
 from kvstore.gc.lease import Leases
-from kvstore.gc.names import pins_folder, touches_folder
+from kvstore.gc.names import parse_pin, parse_touch, pins_folder, touches_folder
 from kvstore.gc.pace import Pace
 from kvstore.gc.paced_backend import PacedBackend
 from kvstore.gc.policy import Policy
@@ -78,7 +78,8 @@ class Removal:
 
     async def pins(self) -> list[str]:
         """Names of the pins of its chunks."""
-        return [info.name async for info in self._backend.list(f"{pins_folder(self._prefix)}{self._name}/")]
+        listed = self._backend.list(f"{pins_folder(self._prefix)}{self._name}/")
+        return [info.name async for info in listed if parse_pin(self._prefix, info.name) is not None]
 
     async def run(self, say: Callable[[str], None], *, force: bool) -> Removed:
         """Remove it; takes minutes, in which engines learn of it.
@@ -125,25 +126,26 @@ class Removal:
     async def _finish(self, done: Removed) -> None:
         """Remove what collections leave alone: damaged chunks, now that none continues any, and records."""
         document = namespace_document_name(self._prefix, self._name)
-        damaged, documented = [], False
+        documented = False
         async for info in self._backend.list(namespace_folder(self._prefix, self._name)):
             if info.name == document:
                 documented = True
             elif parse_object_name(self._prefix, info.name) is None:
                 done.foreign.append(info.name)
             elif await self._is_damaged(info.name):
-                damaged.append(info.name)
+                # At once: an engine may replace it by a whole one that others continue.
+                await self._remove([info.name])
+                done.damaged += 1
             else:
                 done.left += 1
-        await self._remove(damaged)
-        done.damaged = len(damaged)
-        done.gone = not done.left and not done.foreign
+        if documented and not done.left and not done.foreign:
+            # Collections remove the document of a namespace without chunks.
+            await self._collect(done)
+        done.gone = not (done.left or done.foreign or done.failed)
         if done.gone:
-            if documented:
-                # Collections remove the document of a namespace without chunks.
-                await self._collector.run()
-            touches = self._backend.list(f"{touches_folder(self._prefix)}{self._name}/")
-            await self._remove([info.name async for info in touches])
+            listed = self._backend.list(f"{touches_folder(self._prefix)}{self._name}/")
+            touches = [info.name async for info in listed if parse_touch(self._prefix, info.name) is not None]
+            await self._remove(touches)
             await remove_index(self._bucket, self._name)
 
     async def _is_damaged(self, name: str) -> bool:

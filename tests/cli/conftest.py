@@ -142,6 +142,11 @@ def folder_contents(folder) -> Contents:
 
 
 @pytest.fixture
+def s3_contents(s3) -> Contents:
+    return Contents()
+
+
+@pytest.fixture
 def free_port() -> int:
     """A port of this machine that nobody listens on."""
     with socket.socket() as probe:

@@ -123,6 +123,14 @@ def test_what_makes_no_sense_is_a_usage_error(kvstore, folder, arguments, said):
     assert said in " ".join(ended.stderr.replace("│", "").split())
 
 
+@pytest.mark.parametrize("by", ["namespace", "tenant", "codec"])
+def test_a_namespace_that_is_not_there_is_a_finding(kvstore, contents, by):
+    contents.put(OBJECTS)
+    ended = kvstore("du", "--by", by, "--namespace", "0123456789abcdef")
+    assert ended.code == 1
+    assert "there is no namespace 0123456789abcdef under kvstore/v1/" in ended.stderr
+
+
 def test_an_empty_store_holds_nothing(kvstore, contents):
     ended = kvstore("du")
     assert (ended.code, ended.stdout.splitlines()[-1]) == (0, "0 chunks, 0 B")

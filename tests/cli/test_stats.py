@@ -1,10 +1,13 @@
+import contextlib
 import json
 import os
 import pty
 import signal
+import socketserver
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -35,6 +38,25 @@ def node(free_port) -> Iterator[KVStore]:
         store.save(CHAIN, range(2), Zeros(), until=Durability.REMOTE).wait(PATIENCE_S)
         assert store.lookup(CHAIN).chunks == 2
         yield store
+
+
+@pytest.fixture
+def answering() -> Iterator[Callable[[bytes], str]]:
+    """Has a port answer whoever comes with these bytes; where that is."""
+    with contextlib.ExitStack() as opened:
+
+        def answering(answer: bytes) -> str:
+            class Answer(socketserver.BaseRequestHandler):
+                def handle(self):
+                    self.request.recv(1 << 16)
+                    self.request.sendall(answer)
+
+            server = opened.enter_context(socketserver.TCPServer(("127.0.0.1", 0), Answer))
+            threading.Thread(target=server.serve_forever, args=(0.05,)).start()
+            opened.callback(server.shutdown)
+            return f"127.0.0.1:{server.server_address[1]}"
+
+        yield answering
 
 
 def stats_of(output: str) -> list[dict]:
@@ -90,6 +112,33 @@ def test_what_is_no_metrics_page_is_said_to_be_none(kvstore, moto_url):
     ended = kvstore("stats", "--at", moto_url.removeprefix("http://"))
     assert ended.code == 4
     assert "no metrics at" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b"SSH-2.0-OpenSSH_9.2\r\n", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n"],
+    ids=["not HTTP", "broken off"],
+)
+def test_another_service_at_the_port_is_said_to_have_no_metrics(kvstore, answering, answer):
+    ended = kvstore("stats", "--at", answering(answer))
+    assert ended.code == 4
+    assert "no metrics at" in ended.stderr
+
+
+@pytest.mark.parametrize("at", ["node-7:abc", "9464x", "node 7:9464"])
+def test_what_is_no_node_is_refused(kvstore, at):
+    ended = kvstore("stats", "--at", at)
+    assert ended.code == 3
+    assert "give --at as HOST:PORT" in ended.stderr
+
+
+def test_what_else_a_process_exports_may_be_no_number(kvstore, answering):
+    saved = b'kvstore_saved_chunks_total{outcome="stored"} 2\n'
+    page = b'go_gc{quantile="1"} NaN\nkvstore_late_layers_total NaN\n' + saved
+    target = answering(b"HTTP/1.0 200 OK\r\n\r\n" + page)
+    ended = kvstore("stats", "--at", target, "--interval", "0.1", "--json")
+    assert ended.code == 0
+    assert stats_of(ended.stdout)[0]["total"]["saved_chunks"] == {"stored": 2}
 
 
 @pytest.mark.parametrize("on_terminal", [False, True])

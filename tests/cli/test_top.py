@@ -1,12 +1,17 @@
+import asyncio
 import json
 
 import pytest
 from chunk_samples import TINY_LAYOUT, raw_chunk, raw_object, tiny_keys, tiny_namespace
 
+from kvstore.backends.memory import MemoryBackend
+from kvstore.cli.stock import Stock, take_stock
+from kvstore.errors import RetryableError
 from kvstore.gc.names import pin_name, touch_name
 from kvstore.gc.records import seal_hashes
 from kvstore.keys import PrefixChain, namespace_document_name, object_name
 from kvstore.layout import Shard
+from kvstore.settings import Settings
 
 NAMESPACE = tiny_namespace()
 SHARD = TINY_LAYOUT.whole
@@ -110,3 +115,24 @@ def test_people_are_told_of_how_much_use_is_known(kvstore, folder_contents):
     assert f"use is known of 3 of {len(CHUNKS)} chunks" in text
     assert f"{NAMESPACE.name}: tiny-llama @ rev-1" in text
     assert key_of(DOCUMENT) in text
+
+
+def test_a_request_for_a_document_that_fails_is_made_again():
+    objects = {namespace_document_name("kvstore", NAMESPACE.name): NAMESPACE.document()}
+    failed = []
+
+    class Moody(MemoryBackend):
+        async def read_into(self, name, offset, out, *, if_match=None):
+            if name in objects and name not in failed:
+                failed.append(name)
+                raise RetryableError("not now")
+            return await super().read_into(name, offset, out, if_match=if_match)
+
+    async def look() -> Stock:
+        backend = Moody()
+        for name, data in objects.items():
+            await backend.put(name, [data], if_absent=False)
+        return await take_stock(backend, Settings(bucket="memory://", prefix="kvstore"))
+
+    assert asyncio.run(look()).descriptions[NAMESPACE.name].fault == ""
+    assert failed

@@ -1,8 +1,10 @@
 import asyncio
 import dataclasses
+import errno
 import io
 import json
 import tarfile
+from pathlib import Path
 
 import pytest
 from chunk_samples import raw_chunk, raw_object, tiny_keys, tiny_namespace
@@ -181,6 +183,21 @@ def test_a_file_that_is_there_stays_as_it_is(kvstore, archive):
     assert archive.read_bytes() == before
 
 
+def test_a_disk_without_links_takes_an_archive(kvstore, folder_contents, tmp_path, monkeypatch):
+    folder_contents.put(OBJECTS | DOCUMENT)
+    path, link = tmp_path / "prefix.tar", Path.hardlink_to
+
+    def refuse(self, target):
+        if self.parent == tmp_path:
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+        link(self, target)
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    assert kvstore("export", LAST, str(path)).code == 0
+    assert len(members(path)) == 5
+    assert [entry.name for entry in tmp_path.iterdir() if "prefix" in entry.name] == ["prefix.tar"]
+
+
 def members(path) -> dict[str, bytes]:
     with tarfile.open(path) as tar:
         return {member.name: tar.extractfile(member).read() for member in tar}
@@ -243,6 +260,29 @@ def test_an_archive_that_is_cut_off_is_told(kvstore, archive, length):
     ended = kvstore("import", str(archive), "--prefix", "back")
     assert ended.code == 1
     assert "is no archive of kvstore's, or not whole" in ended.stderr or "left out" in ended.stdout
+
+
+@pytest.mark.parametrize("member", [1, 2, 4])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data, at: data[:at] + b"x" + data[at + 1 :],
+        lambda data, at: data[:at] + bytes(512) + data[at + 512 :],
+        lambda data, at: data[:at],
+        lambda data, at: data[: at + 100],
+    ],
+    ids=["flipped", "blank", "cut before", "cut within"],
+)
+def test_an_archive_with_a_damaged_header_is_told(kvstore, folder_contents, archive, member, damage):
+    data = archive.read_bytes()
+    with tarfile.open(archive) as tar:
+        at = tar.getmembers()[member].offset
+    archive.write_bytes(damage(data, at))
+    ended = kvstore("import", str(archive), "--prefix", "back", "--json")
+    assert ended.code == 1
+    assert "is no archive of kvstore's, or not whole" in ended.stderr
+    stored = [name for name in objects_of(folder_contents, "back") if not name.endswith(".json")]
+    assert set(stored) == set(list(renamed(OBJECTS, "back"))[: member - 1])
 
 
 def test_a_file_that_is_not_there_is_told(kvstore, folder, tmp_path):

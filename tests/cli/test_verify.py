@@ -1,5 +1,7 @@
 import json
+import os
 
+import boto3
 import pytest
 from fsck_samples import PREFIX, RANKED, chain_names, intact, with_faults
 
@@ -57,6 +59,17 @@ def test_a_repair_moves_what_readers_refuse(verify, contents):
     copies = [name for name in left if name.startswith(quarantine_folder(PREFIX))]
     assert len(copies) == len(moved)
     assert set(left) - set(copies) == set(objects) - moved
+
+
+@pytest.mark.parametrize("name", ["", f"{RANKED.name}/a0/", "a//b", "x\x01y"])
+@pytest.mark.parametrize("arguments", [(), ("--repair",)])
+def test_names_that_others_tools_make_are_foreign_and_stay(verify, s3_contents, moto_url, name, arguments):
+    s3_contents.put(intact())
+    name = f"{PREFIX}/v1/{name}"
+    boto3.client("s3", endpoint_url=moto_url).put_object(Bucket=os.environ["KVSTORE_BUCKET"], Key=name)
+    ended = verify("--json", *arguments)
+    assert (ended.code, told(ended)) == (0, [("foreign", name)])
+    assert name in s3_contents.names()
 
 
 def test_findings_are_explained_to_people(verify, folder_contents):

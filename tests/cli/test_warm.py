@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -234,6 +235,17 @@ def test_what_cannot_be_done_is_said(warm, kvstore, arguments, code, said):
     ended = kvstore("warm", *arguments)
     assert ended.code == code
     assert said in " ".join(ended.all.replace("│", "").split())
+
+
+def test_root_makes_nothing_in_another_users_folder(warm, kvstore, disk, monkeypatch):
+    disk.mkdir()
+    if os.geteuid() == 0:
+        os.chown(disk, 1234, -1)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    ended = kvstore("warm", TARGET)
+    assert ended.code == 3
+    assert "run it as that user" in ended.stderr
+    assert list(disk.iterdir()) == []
 
 
 def test_a_tokenizer_that_is_none_is_refused(warm, kvstore, tmp_path):

@@ -1,4 +1,5 @@
 import asyncio
+import itertools
 import time
 from dataclasses import replace
 
@@ -245,6 +246,44 @@ def test_a_namespace_that_cannot_be_read_is_left_alone(operation):
     assert list(look.inventory.failed) == [NAMESPACE.name]
     assert len(look.inventory.chunks) == 0
     assert bucket.collect().marked_objects == 0
+
+
+@pytest.mark.parametrize("every", [5, 7, 11])
+def test_a_request_that_fails_now_and_then_is_made_again(every):
+    """A run makes many, so that a store often refuses some of them."""
+    objects, count = {}, itertools.count(1)
+    Bucket(lambda: MemoryBackend(objects)).fill(chain(6))
+
+    class Moody(BackendWrapper):
+        def fail(self):
+            if next(count) % every == 0:
+                raise RetryableError("not now")
+
+        async def read_into(self, name, offset, out, *, if_match=None):
+            self.fail()
+            return await self._inner.read_into(name, offset, out, if_match=if_match)
+
+        async def put(self, name, parts, *, if_absent):
+            self.fail()
+            return await self._inner.put(name, parts, if_absent=if_absent)
+
+        async def head(self, name):
+            self.fail()
+            return await self._inner.head(name)
+
+        async def list(self, prefix, *, start_after=""):
+            self.fail()
+            async for info in self._inner.list(prefix, start_after=start_after):
+                yield info
+
+        async def delete(self, names):
+            self.fail()
+            await self._inner.delete(names)
+
+    bucket = Bucket(lambda: Moody(MemoryBackend(objects)))
+    marked, swept = bucket.collect(), bucket.collect()
+    assert (marked.failed, swept.failed, marked.busy, swept.busy) == ({}, {}, [], [])
+    assert (marked.marked_objects, swept.swept_objects) == (6, 6)
 
 
 def test_p6_where_a_delete_fails_nothing_before_it_in_the_prefix_goes():

@@ -7,7 +7,7 @@ import virtual_time
 from gc_bucket import NAMESPACE, PREFIX, SHARD
 from simulated_store import Connection, World
 
-from kvstore.errors import RetryableError
+from kvstore.errors import MisconfiguredError, RetryableError
 from kvstore.gc.lease import LEASE_S, MARGIN_S, LeaseLostError, Leases
 from kvstore.gc.names import Span, lease_folder
 from kvstore.gc.store_clock import StoreClock
@@ -101,3 +101,18 @@ def test_p7_a_lease_whose_answer_was_lost_is_held_all_the_same(seed):
         assert taken
 
     in_a_world(scenario, seed, failing=0.2)
+
+
+def test_p16_a_store_that_ignores_conditions_gives_nobody_a_span():
+    class Ignoring(Connection):
+        async def put(self, name, parts, *, if_absent):
+            return await super().put(name, parts, if_absent=False)
+
+    async def scenario(world):
+        connection = Ignoring(world, 0.2)
+        leases = Leases(connection, PREFIX, await StoreClock.read(connection, world.now_s), Retries())
+        for _ in range(2):
+            with pytest.raises(MisconfiguredError, match="ignores If-None-Match"):
+                await leases.take(SPAN)
+
+    in_a_world(scenario)

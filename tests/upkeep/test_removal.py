@@ -1,6 +1,7 @@
 import dataclasses
 from unittest import mock
 
+import boto3
 import pytest
 from chunk_samples import raw_object, tiny_keys, tiny_namespace
 from gc_bucket import EVERYTHING, NAMESPACE, PREFIX, SHARD, Bucket, chain
@@ -11,7 +12,7 @@ from kvstore.backends.s3 import S3Backend, S3Options
 from kvstore.errors import MisconfiguredError
 from kvstore.gc import collector
 from kvstore.gc.lease import Leases
-from kvstore.gc.names import Span, gc_folder, lease_folder, touch_name
+from kvstore.gc.names import Span, gc_folder, lease_folder, pins_folder, touch_name, touches_folder
 from kvstore.gc.pace import Pace
 from kvstore.gc.pins import pin
 from kvstore.gc.records import seal_hashes
@@ -193,3 +194,33 @@ def test_an_engine_that_goes_on_storing_ends_the_run(memory):
     assert not removed.gone
     left = [name for name in names if name in objects]
     assert left == list(names)[: len(left)]
+
+
+def test_a_damaged_chunk_that_an_engine_replaces_meanwhile_stays(memory):
+    keys = chain(2)
+    names = memory.fill(keys)
+    objects = memory.run(_objects)
+    whole = {name: objects[name].data for name in names}
+    first, second = sorted(names)
+    memory.put(dict.fromkeys(names, b"damaged"))
+
+    class Replacing(MemoryBackend):
+        async def delete(self, names):
+            if second in names:
+                await super().put(first, [whole[first]], if_absent=False)
+            await super().delete(names)
+
+    removed = remove(Bucket(lambda: Replacing(objects)))
+    assert (removed.damaged, removed.left, removed.gone) == (2, 1, False)
+    assert memory.names(FOLDER) == sorted([first, namespace_document_name(PREFIX, NAMESPACE.name)])
+
+
+def test_folders_that_others_tools_mark_are_neither_pins_nor_records(moto_url, moto_bucket):
+    bucket = Bucket(lambda: S3Backend(S3Options(moto_bucket, moto_url)))
+    bucket.fill(chain(2))
+    folders = [f"{folder(PREFIX)}{NAMESPACE.name}/" for folder in (pins_folder, touches_folder)]
+    client = boto3.client("s3", endpoint_url=moto_url)
+    for folder in folders:
+        client.put_object(Bucket=moto_bucket, Key=folder)
+    assert remove(bucket).gone
+    assert set(folders) < set(bucket.names())
