@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import re
+import signal
 import sys
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import FrameType
 from typing import Annotated, Any, Concatenate, ParamSpec
 
 import typer
@@ -59,7 +63,8 @@ def node_command(body: Callable[Concatenate[Call, _Own], ExitCode]) -> Callable[
         # Requests that were interrupted may complain when their connection ends.
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         try:
-            code = body(Call(_flags(**common), output), **arguments)  # type: ignore[call-arg] # by name
+            with _heeding_sigterm():
+                code = body(Call(_flags(**common), output), **arguments)  # type: ignore[call-arg] # by name
         except KVStoreError as error:
             code = exit_code_of(error)
             _complain(error)
@@ -70,6 +75,26 @@ def node_command(body: Callable[Concatenate[Call, _Own], ExitCode]) -> Callable[
     command.__doc__ = body.__doc__
     command.__signature__ = inspect.Signature([*own, *_COMMON.values()])  # type: ignore[attr-defined] # PEP 362
     return command
+
+
+@contextlib.contextmanager
+def _heeding_sigterm() -> Iterator[None]:
+    """Have SIGTERM, by which schedulers end what they run, do what ctrl-C does: nothing is left half done."""
+    alone = threading.current_thread() is threading.main_thread()
+    if not alone or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _interrupt(_signal: int, frame: FrameType | None) -> None:
+    # What runs in the background may have been told to ignore SIGINT.
+    handler = signal.getsignal(signal.SIGINT)
+    (handler if callable(handler) else signal.default_int_handler)(signal.SIGINT, frame)
 
 
 def _flags(  # noqa: PLR0917 called by name alone

@@ -170,7 +170,12 @@ class Collector:
         announced = await read_announced(self._backend, self._prefix, self._pace)
         # Before the first announcement: nodes may count from it, and what was touched by then was used.
         sweeping = _Sweeping(self._clock.now_s(), asyncio.get_running_loop().time() + SWEEP_S - MARGIN_S)
-        due = await self._announce_sweeps(announced, report)
+        due: list[_Due] = []
+        try:
+            await self._announce_sweeps(announced, due, report)
+        except BaseException:
+            await self._give_up(due)
+            raise
         if due:
             await self._sweep_all(due, sweeping, report)
             report.look = await self._look(keep=True)
@@ -195,9 +200,13 @@ class Collector:
         planned = plan(inventory.chunks, self._policy, now_s, may_go=may_go)
         return Look(inventory, usage, planned)
 
-    async def _announce_sweeps(self, announced: dict[Span, Announced], report: Report) -> list[_Due]:
-        """Lease every span that was marked at least a grace ago, and announce that it is swept."""
-        due: list[_Due] = []
+    async def _announce_sweeps(
+        self, announced: dict[Span, Announced], due: list[_Due], report: Report
+    ) -> None:
+        """Lease every span that was marked at least a grace ago, and announce that it is swept.
+
+        due  gets these spans, each before it is announced: who is interrupted has them to withdraw
+        """
 
         async def announce(span: Span) -> None:
             found = announced[span]
@@ -215,21 +224,24 @@ class Collector:
                     await self._leases.give_back(lease)
                     return
                 sweep = mark._replace(sweep=lease.number)
-                await self._pace(lambda: self._backend.put(sweep.name(self._prefix), [b""], if_absent=True))
-                due.append(_Due(lease, sweep, hashes, [*found.marks, sweep]))
+                each = _Due(lease, sweep, hashes, [*found.marks, sweep])
+                due.append(each)
+                try:
+                    await self._pace(
+                        lambda: self._backend.put(sweep.name(self._prefix), [b""], if_absent=True)
+                    )
+                except KVStoreError:
+                    due.remove(each)
+                    raise
 
         await self._pace.for_all([span for span in announced if self._is_wanted(span)], announce)
-        return due
 
     async def _sweep_all(self, due: list[_Due], sweeping: _Sweeping, report: Report) -> None:
         try:
             await asyncio.sleep(SETTLE_S)
             look = await self._look(due, sweeping.began_s)
         except BaseException:
-            # Nothing was removed yet: nodes need not wait for it, nor other collectors.
-            for each in due:
-                await self._withdraw([each.sweep])
-                await self._leases.give_back(each.lease)
+            await self._give_up(due)
             raise
         rows = rows_by_span(look.inventory, look.plan)
 
@@ -244,6 +256,12 @@ class Collector:
                 await self._leases.give_back(each.lease)
 
         await self._pace.for_all(due, sweep)
+
+    async def _give_up(self, due: Iterable[_Due]) -> None:
+        """Nothing was removed yet: nodes need not wait for it, nor other collectors."""
+        for each in due:
+            await self._withdraw([each.sweep])
+            await self._leases.give_back(each.lease)
 
     async def _delete(
         self, inventory: Inventory, rows: Int64s, lease: Lease, sweeping: _Sweeping, report: Report

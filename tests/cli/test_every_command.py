@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from chunk_samples import raw_object, tiny_keys, tiny_namespace
 from kvstore.backends.filesystem import FilesystemBackend
 from kvstore.cli.exits import MEANINGS
 from kvstore.cli.main import app
+from kvstore.gc.names import parse_announcement
 from kvstore.keys import namespace_document_name
 
 REPOSITORY = Path(__file__).parents[2]
@@ -199,3 +201,27 @@ def test_exit_codes_are_documented():
     assert documented == {int(code): meaning for code, meaning in MEANINGS.items()}
     for command in COMMANDS:
         assert f"`{command}`" in section[1], command
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_p6_a_removal_that_is_ended_while_engines_are_given_time_keeps_nobody_waiting(
+    folder_contents, number
+):
+    """Schedulers end what they run by SIGTERM."""
+    folder_contents.put(CHUNKS | DOCUMENT)
+    command = [sys.executable, "-m", "kvstore.cli", "rm", NAMESPACE.name, "--apply"]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    until_s = time.monotonic() + 30
+    while not announced_sweeps(folder_contents) and time.monotonic() < until_s:
+        time.sleep(0.05)
+    assert announced_sweeps(folder_contents)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert b"Traceback" not in errors
+    assert announced_sweeps(folder_contents) == []
+
+
+def announced_sweeps(contents) -> list[str]:
+    announced = [parse_announcement("kvstore", name) for name in contents.names()]
+    return [str(each.span) for each in announced if each is not None and each.sweep]

@@ -286,6 +286,31 @@ def test_a_request_that_fails_now_and_then_is_made_again(every):
     assert (marked.marked_objects, swept.swept_objects) == (6, 6)
 
 
+def test_a_run_that_ends_while_it_announces_keeps_nobody_waiting():
+    objects = {}
+    whole = Bucket(lambda: MemoryBackend(objects))
+    whole.fill([*chain(3), *chain(3, first_token=500)])
+    whole.collect()
+    announced = []
+
+    class Refusing(MemoryBackend):
+        async def put(self, name, parts, *, if_absent):
+            if name.startswith(announced_folder(PREFIX)):
+                announced.append(name)
+                if len(announced) == 2:
+                    raise MisconfiguredError("no permission any more")
+            return await super().put(name, parts, if_absent=if_absent)
+
+    with pytest.raises(MisconfiguredError, match="no permission any more"):
+        Bucket(lambda: Refusing(objects)).collect()
+    left = whole.names(announced_folder(PREFIX))
+    assert len(left) == 2
+    assert all(name.endswith(".mark") for name in left)
+    # Of the other one nobody knows whether it was announced, so nobody else has it.
+    report = whole.collect()
+    assert (len(report.busy), report.swept_objects) == (1, 3)
+
+
 def test_p6_where_a_delete_fails_nothing_before_it_in_the_prefix_goes():
     objects = {}
     chunks = Bucket(lambda: MemoryBackend(objects)).fill(chain(5))
