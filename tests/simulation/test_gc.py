@@ -49,8 +49,8 @@ async def _tell_nothing(self):
     ("target", "name", "broken", "likely"),
     [
         (collector, "np", DeepestLast(), [1]),
-        (collector, "SETTLE_S", 1.0, [15, 19, 64]),
-        (MarkWatch, "_tell", _tell_nothing, [30, 42, 54]),
+        (collector, "SETTLE_S", 1.0, [70, 72, 106]),
+        (MarkWatch, "_tell", _tell_nothing, [17]),
     ],
     ids=[
         "parents first",
